@@ -1,0 +1,75 @@
+"""Typed reading of configuration files: each value is checked where it is read, and errors name file and field.
+
+Knows nothing of any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from local_llava.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Config:
+    """A JSON object of a file. `section` is the dotted path to it inside the file, empty for the whole.
+
+    A field that is missing or null takes the default, as transformers' configuration classes do.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    section: str = ""
+
+    def name(self, key: str) -> str:
+        """The field as errors call it: file and dotted path."""
+        return f"{self.path}: {self.section + '.' if self.section else ''}{key}"
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self.name(key)} is missing")
+        return value
+
+    def integer(self, key: str, default: int | None, low: int, high: int) -> int:
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise CheckpointError(f"{self.name(key)} must be a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None, low: float, high: float) -> float:
+        value = self._get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise CheckpointError(f"{self.name(key)} must be a number from {low:g} to {high:g}, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.name(key)} must be true or false, not {value!r}")
+        return value
+
+    def choice(self, key: str, default: str | None, choices: Sequence[str]) -> str:
+        value = self._get(key, default)
+        if value not in choices:
+            raise CheckpointError(f"{self.name(key)} is {value!r}; supported: {', '.join(choices)}")
+        return str(value)
+
+    def numbers(self, key: str, default: Sequence[float], count: int) -> tuple[float, ...]:
+        value = self._get(key, list(default))
+        good = isinstance(value, list) and len(value) == count
+        if not good or any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in value):
+            raise CheckpointError(f"{self.name(key)} must be a list of {count} numbers, not {value!r}")
+        return tuple(float(v) for v in value)
+
+    def sub(self, key: str) -> Config:
+        """The object under `key`; an empty one where it is missing."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.name(key)} must be an object, not {value!r}")
+        return Config(self.path, value, f"{self.section}.{key}" if self.section else key)

@@ -1,0 +1,267 @@
+"""One conversion from end to end: checkpoint in, plan, files out.
+
+Knows the order of the steps, and what both output files say about where they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from local_llava.convert import quantize, write
+from local_llava.convert.checkpoint import FLOATS, Checkpoint, SourceTensor
+from local_llava.convert.families import Parts, Row, clip, llama, take_apart
+from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
+from local_llava.convert.preprocessing import read_preprocessing
+from local_llava.convert.tokenizer import read_tokenizer
+from local_llava.errors import CheckpointError, OutputError
+from local_llava.types import ModelFiles
+
+PAIR_KEY = "local_llava.pair_id"
+
+_UNUSED = re.compile(r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight)$")
+"""Tensors that checkpoints carry and LLaVA does not use."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that was checked and can be written."""
+
+    files: ModelFiles
+    model: GGUFPlan
+    mmproj: GGUFPlan
+    overwrite: bool
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the two files."""
+        return write.output_size(self.model), write.output_size(self.mmproj)
+
+    def write(self, progress: write.Progress | None = None, threads: int | None = None) -> ModelFiles:
+        """Write both files; they appear when both are complete, and on any error nothing is left.
+
+        Args:
+            progress: Called with the bytes written since the last call; they add up to `sizes`.
+            threads: Threads that read and quantize; None for one a processor.
+
+        Raises:
+            OutputError: A file exists, its directory cannot be written, or the disk is full.
+            CheckpointError: A tensor cannot be read, or holds what cannot be converted.
+        """
+        created = _make_directories(self.files.model.parent)
+        try:
+            paths = (self.files.model, self.files.mmproj)
+            write.check_writable(list(zip(paths, self.sizes, strict=True)), self.overwrite)
+            with write.Pending(overwrite=self.overwrite) as pending:
+                for plan, path in zip((self.model, self.mmproj), paths, strict=True):
+                    pending.write(plan, path, threads=threads, progress=progress)
+        except BaseException:
+            for directory in created:
+                if not any(directory.iterdir()):
+                    directory.rmdir()
+            raise
+        return self.files
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    quant: str = "Q4_K_M",
+    mmproj_quant: str = "F16",
+    overwrite: bool = False,
+    progress: write.Progress | None = None,
+    threads: int | None = None,
+) -> ModelFiles:
+    """Convert a LLaVA checkpoint to a quantized GGUF language model and an mmproj.
+
+    One pass over the weights, with a few megabytes of them in memory at a time.
+
+    Args:
+        source: Directory of a checkpoint in transformers format.
+        out: Directory for the files, made if it is missing; None for `<model>-gguf` in the current directory.
+        quant: Type of the language model: F32, F16, BF16, Q8_0, Q6_K or Q4_K_M.
+        mmproj_quant: Type of the tower and projector: F32, F16 or Q8_0.
+        overwrite: Replace existing files.
+        progress: Called with the bytes written since the last call.
+        threads: Threads that read and quantize; None for one a processor.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be converted.
+        OutputError: The files cannot be written.
+        UsageError: An unknown type.
+    """
+    conversion = prepare(source, out, quant=quant, mmproj_quant=mmproj_quant, overwrite=overwrite)
+    return conversion.write(progress, threads)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    quant: str = "Q4_K_M",
+    mmproj_quant: str = "F16",
+    overwrite: bool = False,
+) -> Conversion:
+    """Decide and check a whole conversion without writing; arguments and errors as of `convert`."""
+    mix = quantize.get_mix(quant, quantize.LLM_MIXES)
+    mmproj_mix = quantize.get_mix(mmproj_quant, quantize.MMPROJ_MIXES)
+    checkpoint = Checkpoint.open(Path(source))
+    name = model_name(checkpoint.directory)
+    directory = Path(f"{name}-gguf") if out is None else Path(out)
+    files = ModelFiles(directory / f"{name}-{quant}.gguf", directory / f"{name}-mmproj-{mmproj_quant}.gguf")
+    parts = take_apart(checkpoint)
+    text = llama.read_config(parts.text)
+    tower = clip.read_config(parts.vision, parts.feature_layer)
+    text_rows = llama.rows(text, parts.tied)
+    tower_rows, projector_rows = clip.tower_rows(tower), clip.projector_rows(tower, text.n_embd, parts.projector_bias)
+    _check(checkpoint, parts, text_rows, tower_rows, projector_rows)
+    preprocessing = read_preprocessing(checkpoint.directory, tower.image_size)
+    tokenizer = read_tokenizer(checkpoint.directory, text.n_vocab, checkpoint.config)
+
+    text_types = quantize.llm_types(
+        mix, _shapes(text_rows), n_layer=text.n_layer, n_head=text.n_head, n_head_kv=text.n_head_kv
+    )
+    mmproj_types = quantize.mmproj_types(mmproj_mix, _shapes([*tower_rows, *projector_rows]))
+    shared = [
+        *_origin(checkpoint.directory, name),
+        Field(PAIR_KEY, _pair_id(parts.projector_tensors), GGUFValueType.STRING),
+    ]
+    model = GGUFPlan(
+        metadata=(
+            Field("general.architecture", "llama", GGUFValueType.STRING),
+            Field("general.type", "model", GGUFValueType.STRING),
+            *shared,
+            *quantize.type_fields(mix),
+            *llama.fields(text),
+            *tokenizer.fields(),
+        ),
+        tensors=_tensors(text_rows, parts.text_tensors, text_types),
+    )
+    mmproj = GGUFPlan(
+        metadata=(
+            Field("general.architecture", "clip", GGUFValueType.STRING),
+            Field("general.type", "mmproj", GGUFValueType.STRING),
+            *shared,
+            *quantize.type_fields(mmproj_mix),
+            *clip.fields(tower, text.n_embd, preprocessing),
+        ),
+        tensors=(
+            *_tensors(tower_rows, parts.vision_tensors, mmproj_types),
+            *_tensors(projector_rows, parts.projector_tensors, mmproj_types),
+        ),
+    )
+    return Conversion(files, model, mmproj, overwrite)
+
+
+def model_name(directory: Path) -> str:
+    """The name of a checkpoint, from its directory or from the repository whose snapshot in the Hub's cache it is."""
+    directory = directory.resolve()
+    name = directory.name
+    if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
+        name = directory.parent.parent.name.rpartition("--")[2]
+    return re.sub(r"-(transformers|hf)$", "", name) or "model"
+
+
+def _check(
+    checkpoint: Checkpoint, parts: Parts, text: Sequence[Row], tower: Sequence[Row], projector: Sequence[Row]
+) -> None:
+    """Check that the checkpoint has every tensor, of the right shape, and nothing that nobody asks for."""
+    problems: list[str] = []
+    for rows, tensors, used_anyway in (
+        (text, parts.text_tensors, {"lm_head.weight"}),  # a tied output may be saved all the same
+        (tower, parts.vision_tensors, set()),
+        (projector, parts.projector_tensors, set()),
+    ):
+        for row in rows:
+            if row.source is None:
+                continue
+            tensor = tensors.get(row.source)
+            if tensor is None:
+                problems.append(f"{row.source} is missing")
+            elif tensor.shape != row.shape:
+                problems.append(f"{tensor.name} has shape {list(tensor.shape)}, config.json calls for {list(row.shape)}")
+            elif tensor.dtype not in FLOATS:
+                problems.append(f"{tensor.name} has dtype {tensor.dtype}; supported: {', '.join(FLOATS)}")
+        expected = {row.source for row in rows} | used_anyway
+        problems += [f"{t.name} is unknown" for own, t in tensors.items() if own not in expected and not _unused(t)]
+    problems += [f"{name} is unknown" for name in parts.unknown if not _UNUSED.match(name)]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{checkpoint.directory}: {'; '.join(problems[:3])}{more}")
+
+
+def _unused(tensor: SourceTensor) -> bool:
+    return _UNUSED.match(tensor.name) is not None
+
+
+def _shapes(rows: Sequence[Row]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(row.target, row.shape) for row in rows]
+
+
+def _tensors(
+    rows: Sequence[Row], tensors: Mapping[str, SourceTensor], types: Mapping[str, GGMLQuantizationType]
+) -> tuple[TensorPlan, ...]:
+    def plan(row: Row) -> TensorPlan:
+        load: Load
+        if row.source is None:
+            load, source = (lambda start, stop: np.zeros((stop - start, row.shape[-1]), np.float32)), "zeros"
+        else:
+            tensor = tensors[row.source]
+            load, source = row.load(tensor), str(tensor)
+        return TensorPlan(row.target, row.shape, types[row.target], load, source)
+
+    return tuple(plan(row) for row in rows)
+
+
+def _pair_id(projector: Mapping[str, SourceTensor]) -> str:
+    """A digest of the projector: no two training runs have the same."""
+    digest = hashlib.sha256()
+    for name in sorted(projector):
+        tensor = projector[name]
+        n_rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        for start in range(0, n_rows, 256):
+            digest.update(tensor.rows(start, min(start + 256, n_rows)).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _origin(directory: Path, name: str) -> list[Field]:
+    """What is known of where the checkpoint comes from: its model card's header, and its place in the Hub's cache."""
+    text = GGUFValueType.STRING
+    fields = [Field("general.name", name, text)]
+    card = directory / "README.md"
+    header = ""
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            start = file.read(1 << 16)
+        header = start.split("\n---", 1)[0] if start.startswith("---\n") else ""
+    if match := re.search(r"^license:\s*[\"']?([\w.-]+)", header, re.MULTILINE):
+        fields.append(Field("general.license", match[1], text))
+    repository = directory.resolve().parent.parent.name
+    if repository.startswith("models--"):
+        url = "https://huggingface.co/" + repository.removeprefix("models--").replace("--", "/", 1)
+        fields += [Field("general.source.url", url, text), Field("general.source.repo_url", url, text)]
+    return fields
+
+
+def _make_directories(directory: Path) -> list[Path]:
+    """Make a directory and those above it; returns those that were missing, innermost first."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+    except OSError as e:
+        raise OutputError(f"{missing[0]}: the directory cannot be made: {e.strerror}") from e
+    return missing

@@ -1,0 +1,72 @@
+"""Ask LLaVA questions about your own pictures, on your own computer.
+
+    from local_llava import Llava
+
+    with Llava.load() as llava:  # the built-in model; or the path of a GGUF, a pair's directory, or a checkpoint
+        print(llava.ask("What is in the picture?", images="picture.png").text)
+
+Converting is `local_llava.convert.convert`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from local_llava.engine import Llava
+    from local_llava.errors import (
+        CheckpointError,
+        EngineError,
+        ImageError,
+        LocalLlavaError,
+        ModelFileError,
+        OutputError,
+        PromptError,
+        UsageError,
+    )
+    from local_llava.types import ModelFiles, Options, Reply, Timings
+
+__version__: str
+
+_HOMES = {
+    "Llava": "engine",
+    "CheckpointError": "errors",
+    "EngineError": "errors",
+    "ImageError": "errors",
+    "LocalLlavaError": "errors",
+    "ModelFileError": "errors",
+    "OutputError": "errors",
+    "PromptError": "errors",
+    "UsageError": "errors",
+    "ModelFiles": "types",
+    "Options": "types",
+    "Reply": "types",
+    "Timings": "types",
+}
+
+__all__ = [
+    "CheckpointError",
+    "EngineError",
+    "ImageError",
+    "Llava",
+    "LocalLlavaError",
+    "ModelFileError",
+    "ModelFiles",
+    "Options",
+    "OutputError",
+    "PromptError",
+    "Reply",
+    "Timings",
+    "UsageError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that `local-llava --help` need not load llama.cpp.
+    if name == "__version__":
+        return _version("local-llava")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"local_llava.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,47 @@
+"""The exceptions that local-llava raises for what a user can mend.
+
+    LocalLlavaError            one clear line: what is wrong, where, and what would be accepted
+    ├── UsageError             an argument or option that cannot be (also a ValueError)
+    ├── CheckpointError        a source that cannot be converted: config, tensors, tokenizer
+    ├── ModelFileError         a GGUF that is damaged, unsupported, or does not belong with the other one
+    ├── ImageError             a picture that cannot be read
+    ├── PromptError            a conversation that cannot be rendered, or does not fit the context
+    ├── OutputError            a file that cannot be written: it exists, no room, no permission
+    └── EngineError            llama.cpp or ggml reported a failure: no memory, a failed decode
+
+Anything else that escapes is a defect of local-llava.
+"""
+
+from __future__ import annotations
+
+
+class LocalLlavaError(Exception):
+    """Base of all errors that local-llava raises on purpose. The message is one line, fit to be shown to a user."""
+
+
+class UsageError(LocalLlavaError, ValueError):
+    """An argument or option has a value that is not accepted."""
+
+
+class CheckpointError(LocalLlavaError):
+    """The source of a conversion cannot be used."""
+
+
+class ModelFileError(LocalLlavaError):
+    """A GGUF file cannot be used."""
+
+
+class ImageError(LocalLlavaError):
+    """A picture cannot be read."""
+
+
+class PromptError(LocalLlavaError):
+    """A conversation cannot be made into a prompt that fits."""
+
+
+class OutputError(LocalLlavaError):
+    """A file cannot be written."""
+
+
+class EngineError(LocalLlavaError):
+    """llama.cpp or ggml reported a failure."""

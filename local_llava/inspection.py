@@ -1,0 +1,98 @@
+"""What is in a GGUF or a checkpoint, for `local-llava inspect`.
+
+Knows how to list it and print it. The files are read by `gguf_file` and `convert.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from local_llava.errors import ModelFileError
+from local_llava.gguf_file import TYPES, GGUFFile
+
+_LONGEST = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    """numpy's order: the row length is the last."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model file or checkpoint, without its weights."""
+
+    path: Path
+    kind: str
+    metadata: Mapping[str, Any]
+    tensors: tuple[Entry, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        tensors = [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.nbytes} for t in self.tensors]
+        return {"path": str(self.path), "kind": self.kind, "metadata": dict(self.metadata), "tensors": tensors}
+
+
+def read(path: Path) -> Contents:
+    """Read a GGUF file, or a checkpoint's directory.
+
+    Raises:
+        ModelFileError: The file is no GGUF, or damaged.
+        CheckpointError: The checkpoint is damaged.
+    """
+    if not path.is_dir():
+        gguf = GGUFFile.open(path)
+        entries = tuple(Entry(t.name, TYPES[t.type].name, t.shape, t.nbytes) for t in gguf.tensors.values())
+        return Contents(path, f"GGUF version {gguf.version}", gguf.metadata, entries)
+    if not (path / "config.json").is_file():
+        raise ModelFileError(f"{path}: a directory without config.json; name a GGUF file or a checkpoint")
+    from local_llava.convert.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    tensors = tuple(Entry(t.name, t.dtype, t.shape, t.nbytes) for t in checkpoint.tensors.values())
+    return Contents(path, "checkpoint", checkpoint.config, tensors)
+
+
+def describe(contents: Contents) -> Iterator[str]:
+    """Lines for a person: metadata, a summary of the types, and every tensor."""
+    total = sum(t.nbytes for t in contents.tensors)
+    yield f"{contents.path}: {contents.kind}, {len(contents.tensors)} tensors, {human_size(total)}"
+    yield ""
+    for key, value in contents.metadata.items():
+        yield f"  {key} = {_short(value)}"
+    yield ""
+    sizes: Counter[str] = Counter()
+    for t in contents.tensors:
+        sizes[t.type] += t.nbytes
+    for name, size in sizes.most_common():
+        count = sum(t.type == name for t in contents.tensors)
+        yield f"  {name:5} {count:5} tensors {human_size(size):>10}"
+    yield ""
+    width = max((len(t.name) for t in contents.tensors), default=0)
+    for t in contents.tensors:
+        yield f"  {t.name:{width}}  {t.type:5} {human_size(t.nbytes):>10}  {list(t.shape)}"
+
+
+def human_size(size: float) -> str:
+    """Bytes as a person reads them: powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"[{', '.join(ascii(v) for v in value[:4])}, ... {len(value)} in all]"
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

@@ -1,0 +1,290 @@
+"""The language model: load, tokenize, evaluate tokens and image embeddings, sample.
+
+The one importer of llama_cpp, at the level of llama.h. Knows no chat format and no pictures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import llama_cpp.llama_cpp as c
+import numpy as np
+from numpy.typing import NDArray
+
+from local_llava import ggml
+from local_llava.errors import EngineError, PromptError, UsageError
+from local_llava.gguf_file import GGUFFile
+from local_llava.llm_file import LLMConfig, check_llm
+from local_llava.types import KVType, Options
+
+log = logging.getLogger("local_llava")
+
+N_BATCH = 512
+"""Most tokens that one call evaluates."""
+
+DEFAULT_N_CTX = 4096
+"""Context length where the user names none and the model allows it: a picture takes 576."""
+
+KV_TYPES: dict[str, int] = {"F32": 0, "F16": 1, "Q8_0": 8}
+
+PENALTY_WINDOW = 64
+"""Tokens that the repeat penalty looks back on."""
+
+_CONTROL, _USER_DEFINED = 3, 4
+
+_last_error = ""
+
+
+def _on_log(level: int, text: bytes, user_data: object) -> None:
+    global _last_error
+    if level == 4 and text.strip():
+        _last_error = text.decode("utf-8", "replace").strip()
+    ggml.on_log(level, text, None)
+
+
+# llama.cpp keeps the pointer: it must live as long as the process.
+_log_callback = c.llama_log_callback(_on_log)
+
+
+class LLM:
+    """A language model with one context. One thread at a time may use it.
+
+    Attributes:
+        gguf: The file's header.
+        config: The model's sizes and vocabulary.
+        n_ctx: Tokens that the context holds.
+        n_past: Tokens that it holds now.
+        specials: Text -> id of the tokens that only a template may write.
+    """
+
+    def __init__(self, gguf: GGUFFile, config: LLMConfig, model: int, context: int, stack: ExitStack) -> None:
+        """Use `load`."""
+        self.gguf, self.config, self.specials = gguf, config, _specials(gguf)
+        self._model, self._context, self._stack = model, context, stack
+        self._vocab = c.llama_model_get_vocab(model)
+        self.n_ctx = int(c.llama_n_ctx(context))
+        self.n_past = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        n_ctx: int | None = None,
+        kv_type: KVType = "F16",
+        n_threads: int | None = None,
+        n_gpu_layers: int = -1,
+    ) -> LLM:
+        """Load a language model.
+
+        Args:
+            path: A GGUF that `check_llm` accepts.
+            n_ctx: Context length in tokens; None for the lesser of 4096 and what the model was trained for.
+            kv_type: Type of the KV cache.
+            n_threads: CPU threads; None for as many as the process may run on.
+            n_gpu_layers: Layers to put on the GPU, if there is one; -1 for all.
+
+        Raises:
+            ModelFileError: The file cannot be used; the message names the field or tensor.
+            UsageError: n_ctx or kv_type is not accepted.
+            EngineError: llama.cpp failed, mostly for lack of memory.
+        """
+        gguf = GGUFFile.open(path)
+        config = check_llm(gguf)
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+        n_ctx = min(DEFAULT_N_CTX, config.n_ctx_train) if n_ctx is None else n_ctx
+        if not 1 <= n_ctx <= config.n_ctx_train:
+            raise UsageError(f"n_ctx must be 1 to {config.n_ctx_train}, what {path.name} was trained for, not {n_ctx}")
+        c.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        c.llama_backend_init()
+        with ExitStack() as stack:
+            model = _load_model(config, n_gpu_layers)
+            stack.callback(c.llama_model_free, model)
+            context = _new_context(config, model, n_ctx, KV_TYPES[kv_type], n_threads or ggml.available_cpus())
+            stack.callback(c.llama_free, context)
+            return cls(gguf, config, model, context, stack.pop_all())
+
+    def close(self) -> None:
+        """Free the memory; the model cannot be used after."""
+        self._stack.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of plain text: nothing in it becomes a control token."""
+        raw = text.encode("utf-8", "surrogatepass")
+        room = len(raw) + 8
+        tokens = (c.llama_token * room)()
+        n = c.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
+        if n < 0:
+            raise PromptError(f"text of {len(raw)} bytes cannot be tokenized")
+        return list(tokens[:n])
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The text of a token; of control tokens only if `special`."""
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = c.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def ends_turn(self, token: int) -> bool:
+        """Whether the model means to say no more with this token."""
+        return bool(c.llama_vocab_is_eog(self._vocab, token))
+
+    def clear(self) -> None:
+        """Forget the context."""
+        c.llama_memory_clear(c.llama_get_memory(self._context), True)
+        self.n_past = 0
+
+    def evaluate(
+        self, inputs: Sequence[int] | NDArray[np.float32], last: bool, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Append to the context.
+
+        Args:
+            inputs: Tokens, or embeddings float32 [n, n_embd].
+            last: Whether the logits after the last one are wanted.
+            progress: Called with the number of tokens done, after each batch.
+
+        Raises:
+            PromptError: The context is full.
+            EngineError: llama.cpp failed.
+        """
+        if self.n_past + len(inputs) > self.n_ctx:
+            raise PromptError(f"{self.n_past + len(inputs)} tokens do not fit the context of {self.n_ctx} (n_ctx)")
+        for start in range(0, len(inputs), N_BATCH):
+            chunk = inputs[start : start + N_BATCH]
+            self._decode(chunk, last and start + len(chunk) == len(inputs))
+            if progress:
+                progress(len(chunk))
+
+    def _decode(self, chunk: Sequence[int] | NDArray[np.float32], last: bool) -> None:
+        n = len(chunk)
+        position = np.arange(self.n_past, self.n_past + n, dtype=np.int32)
+        n_sequences, output = np.ones(n, np.int32), np.zeros(n, np.int8)
+        output[-1] = last
+        sequence = ctypes.c_int32(0)
+        sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(sequence)] * n)
+        batch = c.llama_batch(n_tokens=n)
+        if isinstance(chunk, np.ndarray):
+            data = np.ascontiguousarray(chunk, np.float32)
+            batch.embd = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        else:
+            data = np.asarray(chunk, np.int32)
+            batch.token = data.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.pos = position.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.n_seq_id = n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = sequences
+        batch.logits = output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        status = c.llama_decode(self._context, batch)
+        if status != 0:
+            raise EngineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {_last_error or 'no reason'}")
+        self.n_past += n
+
+    def logits(self) -> NDArray[np.float32]:
+        """A copy of the logits after the last input: float32 [n_vocab]."""
+        pointer = c.llama_get_logits_ith(self._context, -1)
+        if not pointer:
+            raise EngineError("llama.cpp has no logits: nothing was evaluated")
+        return np.ctypeslib.as_array(pointer, (self.config.n_vocab,)).copy()
+
+    def sampler(self, options: Options) -> Sampler:
+        """A new sampler for this model."""
+        return Sampler(self._context, options)
+
+
+class Sampler:
+    """llama.cpp's chain of samplers: takes the next token from the context's logits without copying them."""
+
+    def __init__(self, context: int, options: Options) -> None:
+        self._context = context
+        self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        stages = []
+        if options.repeat_penalty != 1:
+            stages.append(c.llama_sampler_init_penalties(PENALTY_WINDOW, options.repeat_penalty, 0.0, 0.0))
+        if options.temperature == 0:
+            stages.append(c.llama_sampler_init_greedy())
+        else:
+            stages += [
+                c.llama_sampler_init_top_k(options.top_k),
+                c.llama_sampler_init_top_p(options.top_p, 1),
+                c.llama_sampler_init_min_p(options.min_p, 1),
+                c.llama_sampler_init_temp(options.temperature),
+                c.llama_sampler_init_dist(options.seed),
+            ]
+        for stage in stages:
+            c.llama_sampler_chain_add(self._chain, stage)
+
+    def sample(self) -> int:
+        """The next token, which the sampler also remembers."""
+        return int(c.llama_sampler_sample(self._chain, self._context, -1))
+
+    def close(self) -> None:
+        c.llama_sampler_free(self._chain)
+
+
+def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
+    global _last_error
+    _last_error = ""
+    params = c.llama_model_default_params()
+    params.n_gpu_layers = n_gpu_layers
+    overrides = _kv_overrides(config)
+    params.kv_overrides = overrides
+    # llama.cpp takes the path in the file system's own encoding.
+    model = c.llama_model_load_from_file(str(config.path).encode(), params)
+    if not model:
+        raise EngineError(f"{config.path}: llama.cpp cannot load it: {_last_error or 'no reason given'}")
+    return int(model)
+
+
+def _kv_overrides(config: LLMConfig) -> ctypes.Array[c.llama_model_kv_override] | None:
+    """Metadata in place of what the file lacks; the list ends with an empty key."""
+    if not config.overrides:
+        return None
+    array = (c.llama_model_kv_override * (len(config.overrides) + 1))()
+    for entry, (key, value) in zip(array, config.overrides.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, str):
+            entry.tag = c.LLAMA_KV_OVERRIDE_TYPE_STR
+            entry.value.val_str = value.encode()
+        else:
+            entry.tag = c.LLAMA_KV_OVERRIDE_TYPE_INT
+            entry.value.val_i64 = value
+        log.info("%s: %s is missing, taken as %r", config.path.name, key, value)
+    return array
+
+
+def _new_context(config: LLMConfig, model: int, n_ctx: int, kv_type: int, n_threads: int) -> int:
+    params = c.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = params.n_ubatch = min(N_BATCH, n_ctx)
+    params.n_seq_max = 1
+    params.n_threads = params.n_threads_batch = n_threads
+    params.type_k = params.type_v = kv_type
+    params.no_perf = True
+    context = c.llama_init_from_model(model, params)
+    if not context:
+        raise EngineError(f"{config.path}: no context of {n_ctx} tokens: {_last_error or 'no reason given'}")
+    return int(context)
+
+
+def _specials(gguf: GGUFFile) -> dict[str, int]:
+    """Tokens that text must not turn into. llama.cpp matches user-defined ones in any text; of those only the ones that
+    look like marks are meant, since some vocabularies define runs of spaces so."""
+    types = gguf.metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return {}
+    marks = np.flatnonzero(np.isin(np.asarray(types), (_CONTROL, _USER_DEFINED)))
+    tokens = gguf.metadata["tokenizer.ggml.tokens"]
+    found = {tokens[i]: int(i) for i in marks.tolist()}
+    return {
+        text: i
+        for text, i in found.items()
+        if types[i] == _CONTROL or (text[:1] + text[-1:] in ("<>", "[]") and len(text) > 2)
+    }

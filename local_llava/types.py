@@ -1,0 +1,184 @@
+"""The values that pass between the parts of local-llava: frozen dataclasses, one set of defaults.
+
+Knows no model, no file format and no library; everything may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from local_llava.errors import ModelFileError, UsageError
+
+KVType: TypeAlias = Literal["F32", "F16", "Q8_0"]
+FinishReason: TypeAlias = Literal["stop", "length"]
+PreprocessMode: TypeAlias = Literal["crop", "pad", "resize"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is sampled. The defaults give the same answer every time.
+
+    Raises:
+        UsageError: A value is out of its range; the message names the option and the range.
+    """
+
+    max_tokens: int = 512
+    """Most tokens to generate, >= 1."""
+    temperature: float = 0.0
+    """0 takes the most likely token (greedy); higher values flatten the distribution."""
+    top_k: int = 40
+    """Sample among the k most likely tokens; 0 for all. Without effect at temperature 0, as are the next two."""
+    top_p: float = 0.95
+    """Sample among the most likely tokens that together reach this probability; 1 for all."""
+    min_p: float = 0.05
+    """Drop tokens less likely than this share of the most likely one's probability; 0 drops none."""
+    repeat_penalty: float = 1.0
+    """Divide the logits of the last 64 tokens by this; 1 leaves them as they are."""
+    seed: int = 0
+    """Seed of the sampling, 0 to 2**32 - 2."""
+    system: str | None = None
+    """System prompt, put before the conversation."""
+
+    def __post_init__(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "max_tokens": (1, 2**31 - 1),
+            "temperature": (0, 100),
+            "top_k": (0, 2**31 - 1),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "repeat_penalty": (0.01, 100),
+            # llama.cpp takes 2**32 - 1 for "choose one by chance".
+            "seed": (0, 2**32 - 2),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            kinds = (int,) if name in ("max_tokens", "top_k", "seed") else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+                kind = "a whole number" if kinds == (int,) else "a number"
+                raise UsageError(f"{name} must be {kind} from {low:g} to {high:g}, not {value!r}")
+        if self.system is not None and not isinstance(self.system, str):
+            raise UsageError(f"system must be text, not {type(self.system).__name__}")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What an answer cost."""
+
+    load_s: float
+    """Seconds to load both models (once for all answers)."""
+    image_s: float
+    """Seconds to read, preprocess and encode the pictures."""
+    prefill_s: float
+    """Seconds to evaluate the prompt, pictures included, up to the first token's logits."""
+    decode_s: float
+    """Seconds to generate the answer."""
+    prompt_tokens: int
+    """Tokens of the prompt, image slots included."""
+    image_tokens: int
+    """Those of them that stand for pictures."""
+    completion_tokens: int
+    """Tokens generated, the end of turn included."""
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """The first token comes from the prefill, so one less than were generated."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Token ids of the answer, without the end of turn."""
+    finish_reason: FinishReason
+    """"stop": the model ended its turn; "length": max_tokens or the context was reached."""
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A runnable pair."""
+
+    model: Path
+    """The language model, a GGUF."""
+    mmproj: Path
+    """CLIP tower and projector, a GGUF."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the tower's pixels. Stored in the mmproj, so that both sides of it share this table.
+
+    "crop" resizes the shortest edge to `shortest_edge` and takes the centre, as Hugging Face's LLaVA does; "pad" makes
+    the picture square with the mean colour first, as XTuner and the official LLaVA do; "resize" ignores the aspect.
+    """
+
+    image_size: int
+    """Width and height of the tower's input, pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    mode: PreprocessMode = "crop"
+    shortest_edge: int = 0
+    """Shortest edge after resizing in "crop"; 0 means `image_size`."""
+    resample: int = 3
+    """Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming."""
+    rescale: float = 1 / 255
+    """Factor from 8-bit values to the range that `mean` and `std` are given in."""
+
+    KEYS = {
+        "mode": "local_llava.preprocess.mode",
+        "shortest_edge": "local_llava.preprocess.shortest_edge",
+        "resample": "local_llava.preprocess.resample",
+        "rescale": "local_llava.preprocess.rescale_factor",
+    }
+    """GGUF keys of the fields that the `clip` architecture has no key for; files of other tools lack them."""
+
+    def __post_init__(self) -> None:
+        if not self.shortest_edge:
+            object.__setattr__(self, "shortest_edge", self.image_size)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], where: str) -> Preprocessing:
+        """Read from the metadata of an mmproj; `where` names the file in errors.
+
+        Raises:
+            ModelFileError: A value is missing or makes no sense.
+        """
+        values = {name: metadata[key] for name, key in cls.KEYS.items() if key in metadata}
+        size = metadata.get("clip.vision.image_size")
+        triples = [metadata.get(f"clip.vision.image_{name}") for name in ("mean", "std")]
+        if not isinstance(size, int) or not 1 <= size <= 4096:
+            raise ModelFileError(f"{where}: clip.vision.image_size must be 1 to 4096, not {size!r}")
+        for name, triple in zip(("mean", "std"), triples, strict=True):
+            if not (isinstance(triple, (list, tuple)) and len(triple) == 3 and all(isinstance(v, float) for v in triple)):
+                raise ModelFileError(f"{where}: clip.vision.image_{name} must be three numbers, not {triple!r}")
+        mean, std = (tuple(t) for t in triples if t is not None)
+        if values.get("mode", "crop") not in ("crop", "pad", "resize"):
+            raise ModelFileError(f"{where}: {cls.KEYS['mode']} must be crop, pad or resize, not {values['mode']!r}")
+        if values.get("resample", 3) not in range(6):
+            raise ModelFileError(f"{where}: {cls.KEYS['resample']} must be 0 to 5, not {values['resample']!r}")
+        edge, rescale = values.get("shortest_edge", size), values.get("rescale", 1 / 255)
+        if not isinstance(edge, int) or not size <= edge <= 8192:
+            raise ModelFileError(f"{where}: {cls.KEYS['shortest_edge']} must be {size} to 8192, not {edge!r}")
+        if not isinstance(rescale, float) or not 0 < rescale <= 1 or not all(0 < v < 1e6 for v in std):
+            raise ModelFileError(f"{where}: rescale factor and image_std must be positive numbers")
+        return cls(image_size=size, mean=mean, std=std, **values)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: tuple[Any, ...] = field(default=())
+    """Pictures that the turn shows, before its text: paths or PIL images."""
