@@ -1,4 +1,7 @@
-"""Converts LLaVA checkpoints to GGUF: `convert(source)` in one call, or `prepare(source)` first to see what it would do."""
+"""Converts LLaVA checkpoints to GGUF.
+
+`convert(source)` does it in one call; `prepare(source)` first decides and checks everything, and can then be written.
+"""
 
 from local_llava.convert.conversion import Conversion, convert, prepare
 from local_llava.convert.write import Progress

@@ -23,7 +23,7 @@ from local_llava.errors import CheckpointError
 MAX_JSON_BYTES = 64 << 20
 """Largest JSON file that is read whole; a real tokenizer.json has 9 MB."""
 
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """safetensors dtypes that weights may have, with what numpy reads them as."""
 
 
@@ -84,8 +84,8 @@ class SourceTensor:
         except EOFError as e:
             raise CheckpointError(f"{self}: the file ended before the tensor did; was it changed?") from e
         if self.dtype == "BF16":  # bfloat16 is the upper half of a float32
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32, copy=False)
+            return np.asarray((raw.astype(np.uint32) << 16).view(np.float32))
+        return np.asarray(raw, np.float32)
 
 
 def _read_fully(file: Any, buffer: memoryview) -> None:

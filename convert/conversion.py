@@ -189,7 +189,9 @@ def _check(
             if tensor is None:
                 problems.append(f"{row.source} is missing")
             elif tensor.shape != row.shape:
-                problems.append(f"{tensor.name} has shape {list(tensor.shape)}, config.json calls for {list(row.shape)}")
+                problems.append(
+                    f"{tensor.name} has shape {list(tensor.shape)}, config.json calls for {list(row.shape)}"
+                )
             elif tensor.dtype not in FLOATS:
                 problems.append(f"{tensor.name} has dtype {tensor.dtype}; supported: {', '.join(FLOATS)}")
         expected = {row.source for row in rows} | used_anyway

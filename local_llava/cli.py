@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from local_llava.convert import Conversion
-    from local_llava.types import Reply
+    from local_llava.types import KVType, Reply
 
 app = typer.Typer(
     help="Ask LLaVA questions about your own pictures, on your own computer.",
@@ -131,8 +131,8 @@ def ask(
     from local_llava import hub
     from local_llava.types import Options
 
-    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "system": system}
-    Options(**options)  # before anything is loaded
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "system": system}
+    Options(**options)  # refuses bad values before anything is loaded
     *images, question = inputs
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be 1 or more, not {threads}")
@@ -149,7 +149,7 @@ def ask(
             files.model,
             files.mmproj,
             n_ctx=n_ctx,
-            kv_type=kv_type,  # type: ignore[arg-type]  # checked by load
+            kv_type=cast("KVType", kv_type),  # load checks it
             n_threads=threads,
             n_gpu_layers=gpu_layers,
         ) as llava,
@@ -230,7 +230,7 @@ class _ConvertProgress:
     """A bar with bytes and time left, on a terminal's stderr."""
 
     def __enter__(self) -> _ConvertProgress:
-        self._bar = None
+        self._bar: Any = None
         return self
 
     def start(self, source: Path, total: int) -> Callable[[int], None]:

@@ -38,8 +38,8 @@ Prefill = Callable[[int, int], None]
 class Llava:
     """A loaded pair of models. One thread at a time may use it.
 
-        with Llava.load("models/llava-llama-3-8b") as llava:
-            print(llava.ask("What is in the picture?", images="cat.jpg").text)
+    with Llava.load("models/llava-llama-3-8b") as llava:
+        print(llava.ask("What is in the picture?", images="cat.jpg").text)
     """
 
     def __init__(self, files: ModelFiles, llm: LLM, tower: VisionTower, load_s: float, stack: ExitStack) -> None:
@@ -48,7 +48,9 @@ class Llava:
         self._llm, self._tower, self._load_s, self._stack = llm, tower, load_s, stack
         vocab = llm.config.vocab
         if vocab.chat_template is None:
-            raise PromptError(f"{files.model}: no chat template (tokenizer.chat_template), so questions cannot be asked")
+            raise PromptError(
+                f"{files.model}: no chat template (tokenizer.chat_template), so questions cannot be asked"
+            )
         self._format = ChatFormat(vocab.chat_template, llm.specials, vocab.bos, vocab.eos, vocab.add_bos)
 
     @classmethod

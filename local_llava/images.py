@@ -88,7 +88,7 @@ def preprocess(images: Sequence[Image.Image], how: Preprocessing) -> NDArray[np.
     """
     size = how.image_size
     pixels = np.empty((len(images), 3, size, size), np.float32)
-    mean, std = np.float32(how.mean), np.float32(how.std)
+    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
     for i, image in enumerate(images):
         values = np.asarray(_square(image, how), np.float64) * how.rescale
         pixels[i] = ((values.astype(np.float32) - mean) / std).transpose(2, 0, 1)

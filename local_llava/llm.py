@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import llama_cpp.llama_cpp as c
 import numpy as np
@@ -169,22 +170,24 @@ class LLM:
         position = np.arange(self.n_past, self.n_past + n, dtype=np.int32)
         n_sequences, output = np.ones(n, np.int32), np.zeros(n, np.int8)
         output[-1] = last
-        sequence = ctypes.c_int32(0)
-        sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(sequence)] * n)
-        batch = c.llama_batch(n_tokens=n)
+        sequence = ctypes.pointer(ctypes.c_int32(0))
+        # The arrays must outlive the call; llama_batch holds plain pointers to them.
+        batch: Any = c.llama_batch(n_tokens=n)
         if isinstance(chunk, np.ndarray):
-            data = np.ascontiguousarray(chunk, np.float32)
-            batch.embd = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            embeddings = np.ascontiguousarray(chunk, np.float32)
+            batch.embd = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         else:
-            data = np.asarray(chunk, np.int32)
-            batch.token = data.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            tokens = np.asarray(chunk, np.int32)
+            batch.token = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.pos = position.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.n_seq_id = n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.seq_id = sequences
+        batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[sequence] * n)
         batch.logits = output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         status = c.llama_decode(self._context, batch)
         if status != 0:
-            raise EngineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {_last_error or 'no reason'}")
+            raise EngineError(
+                f"llama.cpp cannot evaluate {n} tokens (status {status}): {_last_error or 'no reason given'}"
+            )
         self.n_past += n
 
     def logits(self) -> NDArray[np.float32]:
@@ -192,7 +195,8 @@ class LLM:
         pointer = c.llama_get_logits_ith(self._context, -1)
         if not pointer:
             raise EngineError("llama.cpp has no logits: nothing was evaluated")
-        return np.ctypeslib.as_array(pointer, (self.config.n_vocab,)).copy()
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self.config.n_vocab,)).copy()
+        return logits
 
     def sampler(self, options: Options) -> Sampler:
         """A new sampler for this model."""
@@ -243,7 +247,7 @@ def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
     return int(model)
 
 
-def _kv_overrides(config: LLMConfig) -> ctypes.Array[c.llama_model_kv_override] | None:
+def _kv_overrides(config: LLMConfig) -> Any:
     """Metadata in place of what the file lacks; the list ends with an empty key."""
     if not config.overrides:
         return None

@@ -10,12 +10,12 @@ import functools
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
-from jinja2.defaults import DEFAULT_FILTERS
 from jinja2.ext import loopcontrols
+from jinja2.filters import FILTERS as DEFAULT_FILTERS
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from local_llava.errors import PromptError
@@ -24,21 +24,22 @@ MAX_TEMPLATE = 64 << 10
 """Characters of the longest template; the longest that models ship have about 20,000."""
 
 BUDGET = 20_000_000
-"""Characters that a rendering may handle in all: output, and the template's own length for each turn of a loop or call."""
+"""Characters that a rendering may handle in all; a turn of a loop or a call counts as the template's own length."""
 
-FILTERS = (
-    "trim upper lower capitalize title length count tojson join replace default d first last list string int float "
-    "items selectattr rejectattr select reject map unique reverse sort min max abs round safe"
-).split()
+FILTERS = frozenset(
+    {"trim", "upper", "lower", "capitalize", "title", "length", "count", "tojson", "join", "replace", "default", "d"}
+    | {"first", "last", "list", "string", "int", "float", "items", "selectattr", "rejectattr", "select", "reject"}
+    | {"map", "unique", "reverse", "sort", "min", "max", "abs", "round", "safe"}
+)
 
 GROWING = frozenset(DEFAULT_FILTERS[name] for name in ("replace", "join"))
 """Those whose result can be longer than what they are given."""
 
 STRING_METHODS = frozenset(
-    "strip lstrip rstrip split rsplit splitlines startswith endswith upper lower title capitalize find count replace "
-    "removeprefix removesuffix isdigit isalpha isspace".split()
+    {"strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "startswith", "endswith", "upper", "lower", "title"}
+    | {"capitalize", "find", "count", "replace", "removeprefix", "removesuffix", "isdigit", "isalpha", "isspace"}
 )
-"""Methods of strings that a template may call: those whose result is no longer than what they are given, and replace."""
+"""Methods of strings that a template may call: replace, and those whose result is no longer than the string."""
 
 
 class _Limited(ImmutableSandboxedEnvironment):
@@ -53,7 +54,12 @@ class _Limited(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = self._bounded(_tojson)
         # namespace and range are what chat templates use; range has its own limit in the sandbox.
         self.globals = {name: self.globals[name] for name in ("namespace", "range", "dict")}
-        self.globals |= {"_turns": self._turns, "_joined": self._joined, "_made": self._made, "raise_exception": _refuse}
+        self.globals |= {
+            "_turns": self._turns,
+            "_joined": self._joined,
+            "_made": self._made,
+            "raise_exception": _refuse,
+        }
 
     def spend(self, amount: int) -> None:
         self.left -= amount
@@ -151,8 +157,10 @@ def _guard(node: nodes.Node) -> None:
             _guard(child)
             if isinstance(child, nodes.Concat):
                 call = _call("_joined", child.nodes)
-            elif isinstance(child, (nodes.List, nodes.Dict)) or (isinstance(child, nodes.Tuple) and child.ctx == "load"):
-                call = _call("_made", [child])
+            elif isinstance(child, (nodes.List, nodes.Dict)) or (
+                isinstance(child, nodes.Tuple) and child.ctx == "load"
+            ):
+                call = _call("_made", [cast(nodes.Expr, child)])
             else:
                 continue
             if isinstance(value, list):

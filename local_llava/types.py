@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from local_llava.errors import ModelFileError, UsageError
 
@@ -134,7 +134,7 @@ class Preprocessing:
     rescale: float = 1 / 255
     """Factor from 8-bit values to the range that `mean` and `std` are given in."""
 
-    KEYS = {
+    KEYS: ClassVar[dict[str, str]] = {
         "mode": "local_llava.preprocess.mode",
         "shortest_edge": "local_llava.preprocess.shortest_edge",
         "resample": "local_llava.preprocess.resample",
@@ -159,7 +159,9 @@ class Preprocessing:
         if not isinstance(size, int) or not 1 <= size <= 4096:
             raise ModelFileError(f"{where}: clip.vision.image_size must be 1 to 4096, not {size!r}")
         for name, triple in zip(("mean", "std"), triples, strict=True):
-            if not (isinstance(triple, (list, tuple)) and len(triple) == 3 and all(isinstance(v, float) for v in triple)):
+            if not (
+                isinstance(triple, (list, tuple)) and len(triple) == 3 and all(isinstance(v, float) for v in triple)
+            ):
                 raise ModelFileError(f"{where}: clip.vision.image_{name} must be three numbers, not {triple!r}")
         mean, std = (tuple(t) for t in triples if t is not None)
         if values.get("mode", "crop") not in ("crop", "pad", "resize"):

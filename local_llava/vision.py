@@ -176,7 +176,8 @@ def _open_backends(use_gpu: bool, n_threads: int | None, stack: ExitStack) -> li
     gpu = next((device for kind in kinds if (device := g.backend_dev_by_type(kind))), None)
     backends = [_Backend(gpu, stack)] if gpu else []
     cpu = _Backend(g.backend_dev_by_type(ggml.CPU), stack)
-    ggml.set_n_threads(cpu.device, cpu.handle or 0, max(1, n_threads or ggml.available_cpus()))
+    # 512 is GGML_MAX_N_THREADS.
+    ggml.set_n_threads(cpu.device, cpu.handle or 0, min(512, max(1, n_threads or ggml.available_cpus())))
     return [*backends, cpu]
 
 

@@ -1,5 +1,7 @@
 """convert.tokenizer: what llama.cpp makes of text with our vocabulary is what the tokenizers library makes of it."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import ctypes
@@ -60,7 +62,7 @@ SENTENCES = (
     "ქართული ენა ძალიან ლამაზია.",
     "Բարեւ Ձեզ, ինչպե՞ս եք։",
     "ሰላም ለዓለም፤ እንዴት ነህ?",
-    "天地玄黄,宇宙洪荒。日月盈昃,辰宿列张。",  # noqa: RUF001
+    "天地玄黄,宇宙洪荒。日月盈昃,辰宿列张。",
     "いろはにほへと ちりぬるを。カタカナも漢字も書く。",
     "다람쥐 헌 쳇바퀴에 타고파. 안녕하세요!",
     "Con sói nâu nhảy qua hàng rào; trời đẹp quá nhỉ?",
@@ -172,9 +174,9 @@ def fuzz(n: int, seed: int, specials: tuple[str, ...]) -> list[str]:
         tuple(" \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2028\u2029\u202f\u205f\u3000\u200b\u180e\ufeff"),
         (" ", "  ", "    ", "\n", "\n\n", "\r\n", " \n ", "\t\t", " \r"),
         ("'s", "'T", "'re", "'VE", "'m", "'lL", "'D", "'\u017f", "'\u212a", "\u2019s", "'", "''ll", "'r", "'v"),
-        tuple("0123456789\u0660\u0967\u0e51\u00b2\u00bd\u2167\u3007") + ("1234567", "3.14", "1,000,000"),
-        tuple("abcdefgXYZ\u00e9\u00df\u0130\u0131\u01c5\ufb01\u02b0") + ("hello", "World", "camelCase"),
-        tuple('!?.,;:-_()[]{}<|>@#$%^&*+=~`"\\/') + ("<|", "|>", "...", "```", "=>", "\u00bf", "\u20ac"),
+        (*"0123456789\u0660\u0967\u0e51\u00b2\u00bd\u2167\u3007", "1234567", "3.14", "1,000,000"),
+        (*"abcdefgXYZ\u00e9\u00df\u0130\u0131\u01c5\ufb01\u02b0", "hello", "World", "camelCase"),
+        (*'!?.,;:-_()[]{}<|>@#$%^&*+=~`"\\/', "<|", "|>", "...", "```", "=>", "\u00bf", "\u20ac"),
         (
             "\U0001f600",
             "\U0001f469\u200d\U0001f469\u200d\U0001f467",
@@ -300,14 +302,14 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], object], name: s
 
 def test_added_tokens_match_as_in_tokenizers(tmp_path: Path) -> None:
     """Those that are not special match in any text; special ones where they may."""
-    build(tmp_path, tokens=["<point>", "<point", "two words", AddedToken("\n\n#", normalized=False), "Zürich", "12"])
+    build(tmp_path, tokens=["<point>", "<point", "new words", AddedToken("\n\n#", normalized=False), "Zürich", "12"])
     pair = Pair(tmp_path, 600, {}, tmp_path)
-    typed = ("<point>", "<point", "two words", "two  words", "\n\n#", "Zürich", "1212", *SPECIALS)
+    typed = ("<point>", "<point", "new words", "new  words", "\n\n#", "Zürich", "1212", *SPECIALS)
     texts = fuzz(600, 3, typed)
     assert pair.differences(texts, special=True) == []
     assert pair.differences(texts, special=False) == []
     assert pair.differences(texts, special=True, ends=True) == []
-    assert pair.ours.types[pair.ours.tokens.index("two words")] == TokenType.USER_DEFINED
+    assert pair.ours.types[pair.ours.tokens.index("new words")] == TokenType.USER_DEFINED
 
 
 def test_the_image_token_is_no_text_whatever_its_file_says(tmp_path: Path) -> None:
@@ -480,7 +482,10 @@ BAD_TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "added_tokens: '<|begin_of_text|>' is given id 3, but",
     ),
     "strips": (set_in("added_tokens", 4, "rstrip", value=True), "added_tokens[4].rstrip is set for '<|eot_id|>'"),
-    "overlap": (set_in("added_tokens", 4, "content", value="|><image> x"), "added_tokens: '<|begin_of_text|>' ends as"),
+    "overlap": (
+        set_in("added_tokens", 5, "content", value="|><image> x y z"),
+        "added_tokens: '<|eot_id|>' ends as",
+    ),
     "a word": (
         set_in("added_tokens", 4, "content", value="###"),
         "added_tokens: the special token '###' is a plain word",
@@ -557,7 +562,7 @@ def test_missing_files(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"config.json: image_token_index must be a token id below 600, not"):
             read_tokenizer(tmp_path, 600, {"image_token_index": bad})
     rewrite(tmp_path, lambda c: c["added_tokens"].pop(3))
-    with pytest.raises(CheckpointError, match="no chat template: put it into chat_template.jinja"):
+    with pytest.raises(CheckpointError, match=r"no chat template: put it into chat_template.jinja"):
         read_tokenizer(tmp_path, 600, {})
 
 

@@ -80,8 +80,11 @@ def tower_rows(c: ClipConfig) -> list[Row]:
         Row("v.patch_embd.weight", "embeddings.patch_embedding.weight", (e, 3, c.patch_size, c.patch_size)),
         Row("v.position_embd.weight", "embeddings.position_embedding.weight", (c.n_patches + 1, e)),
     ]
+    # llama.cpp takes a first layer called ffn_down for a legacy file's, told by its shape; where both layers have the
+    # same shape it always does, so there the names must be swapped.
+    up, down = ("ffn_down", "ffn_up") if c.n_ff == e else ("ffn_up", "ffn_down")
     # "pre_layrnorm" is how transformers spells it.
-    modules = [("v.pre_ln", "pre_layrnorm", (e,))]
+    modules: list[tuple[str, str, tuple[int, ...]]] = [("v.pre_ln", "pre_layrnorm", (e,))]
     for i in range(c.n_layer):
         source = f"encoder.layers.{i}"
         modules += [
@@ -93,8 +96,8 @@ def tower_rows(c: ClipConfig) -> list[Row]:
                 ("attn_v", "self_attn.v_proj", (e, e)),
                 ("attn_out", "self_attn.out_proj", (e, e)),
                 ("ln2", "layer_norm2", (e,)),
-                ("ffn_up", "mlp.fc1", (c.n_ff, e)),
-                ("ffn_down", "mlp.fc2", (e, c.n_ff)),
+                (up, "mlp.fc1", (c.n_ff, e)),
+                (down, "mlp.fc2", (e, c.n_ff)),
             )
         ]
     return table + _with_bias(modules)
@@ -102,7 +105,10 @@ def tower_rows(c: ClipConfig) -> list[Row]:
 
 def projector_rows(c: ClipConfig, n_embd_text: int, has_bias: bool) -> list[Row]:
     """The two linear layers from the tower's width to the decoder's. A missing bias is written as zeros."""
-    modules = [("mm.0", "linear_1", (n_embd_text, c.n_embd)), ("mm.2", "linear_2", (n_embd_text, n_embd_text))]
+    modules: list[tuple[str, str, tuple[int, ...]]] = [
+        ("mm.0", "linear_1", (n_embd_text, c.n_embd)),
+        ("mm.2", "linear_2", (n_embd_text, n_embd_text)),
+    ]
     table = _with_bias(modules)
     return table if has_bias else [r if r.target.endswith(".weight") else replace(r, source=None) for r in table]
 

@@ -132,7 +132,7 @@ class _permuted:  # noqa: N801 - used as a function
         def load(start: int, stop: int) -> NDArray[np.float32]:
             if is_bias:  # one row of all heads
                 whole = tensor.rows(0, 1).reshape(self.n_head, 2, dim // 2)
-                return whole.swapaxes(1, 2).reshape(1, -1)[start:stop]
+                return np.ascontiguousarray(whole.swapaxes(1, 2).reshape(1, -1)[start:stop])
             first, last = start // dim, -(-stop // dim)
             heads = tensor.rows(first * dim, last * dim).reshape(last - first, 2, dim // 2, -1)
             mixed = heads.swapaxes(1, 2).reshape((last - first) * dim, -1)

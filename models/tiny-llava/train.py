@@ -413,8 +413,8 @@ STAGES = (
     Stage("answers", 250, 3000, size=32, questions=6, peak=8e-4, tower_weight=0.5, tower_rate=0.3, per_answer=True),
     Stage(
         "lookup",
-        2800,
-        2800,
+        1600,
+        1600,
         size=32,
         questions=6,
         peak=1e-3,
@@ -542,10 +542,8 @@ class Trainer:
             if step % 50 == 0:
                 a, t, r, lookup = sums / 50
                 pace = (step - first) * s.size / (time.monotonic() - started)
-                print(
-                    f"{s.name} {step}/{s.steps} answers {a:.4f} tower {t:.4f} {r:.3f} lookup {lookup:.4f} {pace:.0f} images/s",
-                    flush=True,
-                )
+                losses = f"answers {a:.4f} tower {t:.4f} {r:.3f} lookup {lookup:.4f}"
+                print(f"{s.name} {step}/{s.steps} {losses} {pace:.0f} images/s", flush=True)
                 sums[:] = 0
             if step % 250 == 0 or step == s.steps:
                 if s.questions > 1:
