@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -39,6 +40,10 @@ _quiet = False
 
 def main() -> None:
     """Run the command; errors that a user can mend become one line."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows another, rather than that the answer is lost.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
         _flush()
@@ -134,6 +139,8 @@ def ask(
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "system": system}
     Options(**options)  # refuses bad values before anything is loaded
     *images, question = inputs
+    if not images and Path(question).is_file():
+        raise UsageError(f"{question} is a file: a question must follow the pictures")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be 1 or more, not {threads}")
     if model is None:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from local_llava import hub
 from local_llava.chat import ChatFormat, Slot, Special
-from local_llava.errors import PromptError, UsageError
+from local_llava.errors import ModelFileError, PromptError, UsageError
 from local_llava.gguf_file import GGUFFile
 from local_llava.images import ImageLike, load_image, preprocess
 from local_llava.llm import LLM
@@ -48,9 +48,7 @@ class Llava:
         self._llm, self._tower, self._load_s, self._stack = llm, tower, load_s, stack
         vocab = llm.config.vocab
         if vocab.chat_template is None:
-            raise PromptError(
-                f"{files.model}: no chat template (tokenizer.chat_template), so questions cannot be asked"
-            )
+            raise ModelFileError(f"{files.model}: tokenizer.chat_template is missing; it says how a question is put")
         self._format = ChatFormat(vocab.chat_template, llm.specials, vocab.bos, vocab.eos, vocab.add_bos)
 
     @classmethod
@@ -180,8 +178,12 @@ class Llava:
 
     def _prompt(self, question: str, n_images: int, system: str | None) -> list[list[int] | Slot]:
         """Runs of tokens, and slots of pictures between them."""
-        if not isinstance(question, str):
-            raise UsageError(f"question must be text, not {type(question).__name__}")
+        for name, text in (("question", question), ("system", system or "")):
+            if not isinstance(text, str):
+                raise UsageError(f"{name} must be text, not {type(text).__name__}")
+            # Half of a surrogate pair, as Python makes of bytes that are not UTF-8; no tokenizer knows such.
+            if any("\ud800" <= ch <= "\udfff" for ch in text):
+                raise UsageError(f"{name} is not valid Unicode text")
         messages = [Message("system", system)] if system is not None else []
         messages.append(Message("user", question, images=tuple(range(n_images))))
         prompt: list[list[int] | Slot] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,8 +25,8 @@ from local_llava.types import KVType, Options
 
 log = logging.getLogger("local_llava")
 
-N_BATCH = 512
-"""Most tokens that one call evaluates."""
+N_BATCH = 128
+"""Most tokens that one call evaluates: seconds of work on a laptop, between which progress and Ctrl-C get through."""
 
 DEFAULT_N_CTX = 4096
 """Context length where the user names none and the model allows it: a picture takes 576."""
@@ -116,7 +117,7 @@ class LLM:
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of plain text: nothing in it becomes a control token."""
-        raw = text.encode("utf-8", "surrogatepass")
+        raw = text.encode()
         room = len(raw) + 8
         tokens = (c.llama_token * room)()
         n = c.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
@@ -241,7 +242,7 @@ def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
     overrides = _kv_overrides(config)
     params.kv_overrides = overrides
     # llama.cpp takes the path in the file system's own encoding.
-    model = c.llama_model_load_from_file(str(config.path).encode(), params)
+    model = c.llama_model_load_from_file(os.fsencode(config.path), params)
     if not model:
         raise EngineError(f"{config.path}: llama.cpp cannot load it: {_last_error or 'no reason given'}")
     return int(model)

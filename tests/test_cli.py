@@ -123,6 +123,8 @@ def test_usage_errors(home: Path, pair: ModelFiles, scene: Path) -> None:
         ("ask", "-m", pair.model, "--kv-type", "Q3", "x"),
         ("ask", "-m", pair.model, "--n-ctx", "99999999", "x"),
         ("ask", "--mmproj", pair.mmproj, "x"),
+        ("ask", scene),
+        ("ask", "-m", pair.model, scene, b"caf\xe9".decode("utf-8", "surrogateescape")),
     ):
         assert run(home, *args, code=2).stderr
 
