@@ -78,7 +78,7 @@ class SourceTensor:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * row_length * dtype.itemsize)
-                _read_fully(file, memoryview(raw).cast("B"))
+                _read_fully(file, raw.data.cast("B"))
         except OSError as e:
             raise CheckpointError(f"{self}: cannot be read: {e.strerror}") from e
         except EOFError as e:

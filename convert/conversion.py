@@ -21,9 +21,7 @@ from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
 from local_llava.convert.preprocessing import read_preprocessing
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
-from local_llava.types import ModelFiles
-
-PAIR_KEY = "local_llava.pair_id"
+from local_llava.types import PAIR_KEY, ModelFiles
 
 _UNUSED = re.compile(r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight)$")
 """Tensors that checkpoints carry and LLaVA does not use."""

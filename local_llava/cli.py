@@ -186,7 +186,9 @@ def convert(
         str, typer.Option(help="Type of the language model: F32, F16, BF16, Q8_0, Q6_K or Q4_K_M.")
     ] = "Q4_K_M",
     mmproj_quant: Annotated[str, typer.Option(help="Type of tower and projector: F32, F16 or Q8_0.")] = "F16",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the checkpoint and show what would be written.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads that quantize.")] = None,
 ) -> None:

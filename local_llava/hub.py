@@ -19,14 +19,11 @@ import platformdirs
 
 from local_llava.errors import CheckpointError, ModelFileError, OutputError, UsageError
 from local_llava.gguf_file import GGUFFile
-from local_llava.types import ModelFiles
+from local_llava.types import PAIR_KEY, ModelFiles
 
 OnConvert: TypeAlias = Callable[[Path, int], Callable[[int], None]]
 
 log = logging.getLogger("local_llava")
-
-PAIR_KEY = "local_llava.pair_id"
-"""Metadata that both files of a conversion carry, equal if they belong together. Files of other tools lack it."""
 
 QUANT, MMPROJ_QUANT = "Q4_K_M", "F16"
 """Types that a checkpoint is converted to unless others are named."""
@@ -67,7 +64,10 @@ def resolve(
         return converted(builtin_checkpoint(), on_convert)
     path = Path(model)
     if path.is_dir():
-        if (path / "config.json").is_file() and mmproj is None:
+        # Repositories of GGUF files often carry the config.json, too.
+        if (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+            if mmproj is not None:
+                raise UsageError(f"{path} is a checkpoint, which brings its own tower: name no mmproj")
             return converted(path, on_convert)
         return _pair_in(path, None if mmproj is None else Path(mmproj))
     if not path.exists():

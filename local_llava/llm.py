@@ -63,12 +63,14 @@ class LLM:
         specials: Text -> id of the tokens that only a template may write.
     """
 
-    def __init__(self, gguf: GGUFFile, config: LLMConfig, model: int, context: int, stack: ExitStack) -> None:
+    def __init__(
+        self, gguf: GGUFFile, config: LLMConfig, model: int, context: int, n_ctx: int, stack: ExitStack
+    ) -> None:
         """Use `load`."""
         self.gguf, self.config, self.specials = gguf, config, _specials(gguf)
         self._model, self._context, self._stack = model, context, stack
         self._vocab = c.llama_model_get_vocab(model)
-        self.n_ctx = int(c.llama_n_ctx(context))
+        self.n_ctx = n_ctx  # llama.cpp rounds it up to a multiple of 256
         self.n_past = 0
 
     @classmethod
@@ -109,7 +111,7 @@ class LLM:
             stack.callback(c.llama_model_free, model)
             context = _new_context(config, model, n_ctx, KV_TYPES[kv_type], n_threads or ggml.available_cpus())
             stack.callback(c.llama_free, context)
-            return cls(gguf, config, model, context, stack.pop_all())
+            return cls(gguf, config, model, context, n_ctx, stack.pop_all())
 
     def close(self) -> None:
         """Free the memory; the model cannot be used after."""

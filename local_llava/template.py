@@ -138,7 +138,7 @@ class _Limited(ImmutableSandboxedEnvironment):
             if tree.find(kind) is not None:
                 raise PromptError("the model's chat template loads another template, which is not allowed")
         for loop in tree.find_all(nodes.For):
-            loop.iter = _call("_turns", [loop.iter])
+            loop.iter = _call("_turns", [cast(nodes.Expr, loop.iter)])
         _guard(tree)
         return tree
 

@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from local_llava.errors import ModelFileError, UsageError
 
+PAIR_KEY = "local_llava.pair_id"
+"""Metadata that both files of a conversion carry, equal if they belong together. Files of other tools lack it."""
+
 KVType: TypeAlias = Literal["F32", "F16", "Q8_0"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 PreprocessMode: TypeAlias = Literal["crop", "pad", "resize"]

@@ -173,7 +173,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     # which file of the pair, what is done to it -> what the line must say besides the file's name
     "truncated model": ("model", cut, "truncated"),
     "truncated mmproj": ("mmproj", cut, "truncated"),
-    "header only": ("model", lambda d: d[:100], "truncated"),
+    "header only": ("model", lambda d: d[:100], "cut short"),
     "empty": ("model", lambda d: b"", "empty"),
     "random bytes": ("model", lambda d: np.random.default_rng(0).bytes(5000), "GGUF"),
     "a picture": ("mmproj", lambda d: b"\x89PNG\r\n\x1a\n" + bytes(99), "PNG"),
@@ -224,7 +224,7 @@ def test_files_that_do_not_belong_together(home: Path, pair: ModelFiles, scene: 
     for model, mmproj, said in (
         (pair.model, other.mmproj, "width 64"),
         (pair.model, twin.mmproj, "same checkpoint"),
-        (pair.model, pair.model, "language model"),
+        (pair.model, pair.model, "give the mmproj"),
         (pair.mmproj, pair.mmproj, "mmproj"),
         (pair.mmproj, pair.model, ""),
     ):

@@ -229,7 +229,7 @@ def test_llama3_every_kind_of_character(llama3: Pair) -> None:
         if not 0xD800 <= c < 0xE000 and not any(first < c < last for first, last in uniform)
     ] + [chr(c) for c in (*range(0xE0000, 0xE0200), 0xF0000, 0x100000, 0x10FFFF)]
     found = set()
-    for context in ("{}(k", " {}", "a{}", "{}\n", "'{}e"):
+    for context in ("{}(k", " {}", "'{}e"):
         texts = [context.format(c) for c in characters]
         bad = set(llama3.differences(texts, special=True))
         found |= {c for c, text in zip(characters, texts, strict=True) if text in bad}
@@ -316,6 +316,7 @@ def test_the_image_token_is_no_text_whatever_its_file_says(tmp_path: Path) -> No
     """An added token that is not special matches what users type; a picture's must not."""
     build(tmp_path, tokens=["<picture>", "<|im_end|>"])
     index = Reference.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<picture>")
+    assert index is not None
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     pair = Pair(tmp_path, 600, {"image_token_index": index}, tmp_path)
     assert pair.ours.image_token_id == index

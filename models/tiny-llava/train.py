@@ -49,6 +49,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from local_llava.convert.chat_template import LLAMA3_CHAT
+
 HERE = Path(__file__).parent
 SEED = 20261122
 IMAGE_SIZE, PATCH_SIZE = 96, 16
@@ -71,22 +73,6 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = """{{- bos_token -}}
-{%- for message in messages -%}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}
-{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
-"""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -134,7 +120,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAMA3_CHAT,
         image_token="<image>",
         num_additional_image_tokens=1,
     )
