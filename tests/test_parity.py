@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"text": {"attention_bias": True, "mlp_bias": True}},
     "tied": {"text": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
     "no projector bias": {"multimodal_projector_bias": False},
+    "square feed-forward": {"vision": {"intermediate_size": 48}},
     "deep": {"text": {"num_hidden_layers": 6}, "vision": {"num_hidden_layers": 5, "num_attention_heads": 2}},
     "theta": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}},
     "large picture": {"vision": {"image_size": 112, "patch_size": 16}},
@@ -149,3 +151,49 @@ def test_several_pictures_keep_their_order(
     with Llava.load(files.model, files.mmproj, kv_type="F32") as llava:
         assert np.abs(llava.logits("What do you see?", [photo, other]) - logits).max() <= 1e-2
         assert np.abs(llava.logits("What do you see?", [other, photo]) - logits).max() > 1e-2
+
+
+LEGACY = {
+    "block count without the last layer": (True, False),
+    "ffn names swapped": (False, True),
+    "both": (True, True),
+}
+
+
+@pytest.mark.parametrize("case", LEGACY)
+def test_legacy_mmproj(case: str, tmp_path: Path, photo: Image.Image) -> None:
+    """Files as llama.cpp's old script made them; such towers have an even number of layers."""
+    model = random_model(vision={"num_hidden_layers": 4})
+    checkpoint = save(model, tmp_path / "checkpoint")
+    write_processor_files(checkpoint)
+    files = convert(checkpoint, tmp_path / "out", quant="F32", mmproj_quant="F32")
+    legacy = tmp_path / "legacy.gguf"
+    write_legacy(files.mmproj, legacy, *LEGACY[case])
+    with Llava.load(files.model, legacy, kv_type="F32") as llava:
+        compare(model, checkpoint, llava, QUESTIONS[0], photo)
+
+
+def write_legacy(source: Path, target: Path, drop_last: bool, swap_ffn: bool) -> None:
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "clip")
+    for name, field in reader.fields.items():
+        if name.startswith(("GGUF.", "local_llava.")) or name in ("general.architecture", "clip.vision.feature_layer"):
+            continue
+        value = field.contents()
+        if name == "clip.vision.block_count" and drop_last:
+            value -= 1
+        item_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, field.types[0], item_type)
+    n_blocks = reader.fields["clip.vision.block_count"].contents()
+    swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    for tensor in reader.tensors:
+        parts = tensor.name.split(".")
+        if drop_last and parts[:3] == ["v", "blk", str(n_blocks - 1)]:
+            continue
+        if swap_ffn:
+            parts = [swapped.get(p, p) for p in parts]
+        writer.add_tensor(".".join(parts), tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
