@@ -13,7 +13,8 @@ Knows the model's sizes, its tokenizer, and the recipe; the world it learns is i
   the projected patches are drawn towards the words for what they show; and heads on the decoder's middle layers read
   off, at each colour or shape word of a question, the things that it means. These heads are thrown away, too.
 - *sides.* "Is the red star to the left of the blue square?" compares two things; it is asked in half of the questions,
-  and at the second thing's name a head reads off where the first one stands. The learning rate goes down to the end.
+  and at the second thing's name heads read off where the first one stands, which side is asked for, and the answer. The
+  learning rate goes down to the end.
 
     python train.py --work /tmp/tiny-llava        # checkpoints go to --work; run again to go on after a stop
     python train.py --work /tmp/tiny-llava --save # writes the model beside this script
@@ -197,7 +198,7 @@ class Example:
     ids: list[int]  # the row: prefix with image slots, then the questions
     segment: list[int]  # 0 for the prefix, 1.. for each question
     position: list[int]
-    before: list[int]  # at the second thing that a question names: the place of the first; -100 elsewhere
+    compared: list[tuple[int, int, int]]  # at the second thing that a question names: see Data.compares
     found: list[np.ndarray | None]  # at words for colours and shapes in questions: what they find
     weight: list[float]  # of tokens to be predicted: one over the length of the answer; 0 for the others
 
@@ -216,6 +217,9 @@ class Data(torch.utils.data.IterableDataset[Example]):
         self.tokenizer, self.seed, self.questions, self.held_out = tokenizer, seed, questions, held_out
         self.kinds = kinds
         forms = {form: word for word in (*scenes.COLORS, *scenes.SHAPES) for form in (word, f"{word}s", f"{word}es")}
+        self.sides = {
+            tokenizer.encode(f" {w}", add_special_tokens=False)[0]: i for i, w in enumerate(("left", "right"))
+        }
         self.words = {
             ids[0]: word
             for form, word in forms.items()
@@ -245,15 +249,19 @@ class Data(torch.utils.data.IterableDataset[Example]):
             found.append(label)
         return found
 
-    def places_before(self, scene: scenes.Scene, ask: list[int]) -> list[int]:
-        """For each token of a question that completes the name of a thing, the place of the thing named before it."""
-        places, previous = [-100] * len(ask), -100
+    def compares(self, scene: scenes.Scene, ask: list[int]) -> list[tuple[int, int, int]]:
+        """For each token of a question that completes the name of a second thing: the place of the first, the side
+        that is asked for (0 left, 1 right), and whether the answer is yes; NOT_COMPARED for the others."""
+        labels, previous, side = [NOT_COMPARED] * len(ask), None, None
         for i in range(1, len(ask)):
+            side = self.sides.get(ask[i], side)
             name = f"{self.words.get(ask[i - 1])} {self.words.get(ask[i])}"
             rank = next((r for r, t in enumerate(scene.things) if t.name == name), None)
             if rank is not None:
-                places[i], previous = previous, rank
-        return places
+                if previous is not None and side is not None:
+                    labels[i] = previous, side, int((previous < rank) == (side == 0))
+                previous = rank
+        return labels
 
     def __iter__(self) -> Iterator[Example]:
         t = self.tokenizer
@@ -266,7 +274,7 @@ class Data(torch.utils.data.IterableDataset[Example]):
             asked = scenes.sample_questions(scene, rng, self.questions, self.kinds)
             conversation = not self.held_out and number % 5 == 0
             ids, segment, position = list(prefix), [0] * len(prefix), list(range(len(prefix)))
-            weight, found, before = [0.0] * len(prefix), [None] * len(prefix), [-100] * len(prefix)
+            weight, found, compared = [0.0] * len(prefix), [None] * len(prefix), [NOT_COMPARED] * len(prefix)
             for i, q in enumerate(asked):
                 text = q.question
                 if not self.held_out and rng.random() < 0.15:
@@ -278,7 +286,7 @@ class Data(torch.utils.data.IterableDataset[Example]):
                 ids += ask + answer
                 finds = self.finds(scene, ask)
                 found += [*finds, *[None] * len(answer)]
-                before += [*self.places_before(scene, ask), *[-100] * len(answer)]
+                compared += [*self.compares(scene, ask), *[NOT_COMPARED] * len(answer)]
                 position += range(start, start + len(ask) + len(answer))
                 segment += [0 if conversation else i + 1] * (len(ask) + len(answer))
                 weight += [0.0] * len(ask) + [1 / len(answer)] * len(answer)
@@ -295,7 +303,7 @@ class Data(torch.utils.data.IterableDataset[Example]):
                 ids,
                 segment,
                 position,
-                before,
+                compared,
                 found,
                 weight,
             )
@@ -303,6 +311,10 @@ class Data(torch.utils.data.IterableDataset[Example]):
 
 FOUND = len(scenes.COLORS) + len(scenes.SHAPES) + 3 + 4
 """Of the things that a word finds: their colours, shapes, places from the left, and how many they are."""
+
+
+COMPARED = (3, 2, 2)
+NOT_COMPARED = (-100, -100, -100)
 
 
 @dataclass
@@ -318,7 +330,7 @@ class Batch:
     segment: Tensor
     found_at: Tensor  # bool [batch, length]: words that find things
     found: Tensor  # float32 [words, FOUND], in the order of found_at
-    before: Tensor  # int64 [words]: the place of the thing named before, or -100
+    compared: Tensor  # int64 [words, 3]
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -326,13 +338,13 @@ def collate(examples: list[Example]) -> Batch:
     shape = (len(examples), length)
     ids, position = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     targets, segment, weights = torch.full(shape, -100), torch.full(shape, -1), torch.zeros(shape)
-    found_at, found, before = torch.zeros(shape, dtype=torch.bool), [], []
+    found_at, found, compared = torch.zeros(shape, dtype=torch.bool), [], []
     for row, e in enumerate(examples):
         for i, label in enumerate(e.found):
             if label is not None:
                 found_at[row, i] = True
                 found.append(label)
-                before.append(e.before[i])
+                compared.append(e.compared[i])
         n = len(e.ids)
         ids[row, :n], position[row, :n] = torch.tensor(e.ids), torch.tensor(e.position)
         segment[row, :n] = torch.tensor(e.segment)
@@ -357,7 +369,7 @@ def collate(examples: list[Example]) -> Batch:
         segment,
         found_at,
         torch.from_numpy(np.stack(found)) if found else torch.zeros(0, FOUND),
-        torch.tensor(before, dtype=torch.long),
+        torch.tensor(compared, dtype=torch.long).reshape(-1, 3),
     )
 
 
@@ -376,7 +388,7 @@ class Heads(nn.Module):
         self.sizes = (len(scenes.COLORS) + 1, len(scenes.SHAPES) + 1, 4)
         self.patch = nn.Linear(width, sum(self.sizes))
         self.scene = nn.Linear(width, len(scenes.COLORS) * len(scenes.SHAPES) + 3)
-        self.before = nn.Linear(width, 3)
+        self.compared = nn.Linear(width, sum(COMPARED))
         self.found = nn.ModuleList([nn.Linear(width, FOUND) for _ in LOOKUP_LAYERS])
 
     def forward(self, patches: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -433,8 +445,8 @@ STAGES = (
     ),
     Stage(
         "sides",
-        1000,
-        1000,
+        800,
+        800,
         size=32,
         questions=6,
         peak=8e-4,
@@ -495,14 +507,14 @@ class Trainer:
             output_hidden_states=True,
         )
         hidden = out.last_hidden_state
-        compared = batch.before >= 0
         self.lookup_loss = torch.zeros(())
         for head, layer in zip(self.heads.found, LOOKUP_LAYERS, strict=True):
             logits = head(out.hidden_states[layer][batch.found_at])
             self.lookup_loss = self.lookup_loss + F.binary_cross_entropy_with_logits(logits, batch.found)
-        if compared.any():
-            logits = self.heads.before(out.hidden_states[LOOKUP_LAYERS[-1]][batch.found_at][compared])
-            self.lookup_loss = self.lookup_loss + F.cross_entropy(logits, batch.before[compared])
+        logits = self.heads.compared(out.hidden_states[LOOKUP_LAYERS[-1]][batch.found_at])
+        if (batch.compared >= 0).any():
+            for part, labels in zip(logits.split(COMPARED, -1), batch.compared.T, strict=True):
+                self.lookup_loss = self.lookup_loss + F.cross_entropy(part, labels)
         wanted = batch.targets >= 0
         logits = self.model.lm_head(hidden[wanted]).float()
         right = torch.ones_like(wanted)
