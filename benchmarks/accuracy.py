@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -77,9 +78,13 @@ def stock_answers(files: ModelFiles, questions: Iterable[Question]) -> list[str]
             "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
             "{% for c in m.content %}{% if c.type == 'image_url' %}{{ c.image_url.url }}\n{% endif %}{% endfor %}"
             "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}<|eot_id|>"
-            "{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+            # Jinja drops a newline at the very end of a template, hence the last "if".
+            "{% endfor %}{% if true %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
         )
 
+    # libmtmd tells of every picture on stderr, past every switch.
+    quiet, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+    os.dup2(quiet, 2)
     handler = Handler(clip_model_path=str(files.mmproj), verbose=False)
     llama = Llama(str(files.model), chat_handler=handler, n_ctx=1024, verbose=False, logits_all=False)
     answers = []
@@ -90,6 +95,7 @@ def stock_answers(files: ModelFiles, questions: Iterable[Question]) -> list[str]
             [{"role": "user", "content": content}], max_tokens=64, temperature=0.0, repeat_penalty=1.0
         )
         answers.append(reply["choices"][0]["message"]["content"])
+    os.dup2(stderr, 2)
     return answers
 
 

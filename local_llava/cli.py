@@ -125,6 +125,10 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer with tokens and timings as JSON.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; higher varies more.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0 for all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option(help="Above 1, makes recent tokens less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for a temperature above 0.")] = 0,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     n_ctx: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
@@ -136,7 +140,16 @@ def ask(
     from local_llava import hub
     from local_llava.types import Options
 
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "system": system}
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
+        "system": system,
+    }
     Options(**options)  # refuses bad values before anything is loaded
     *images, question = inputs
     if not images and Path(question).is_file():

@@ -105,7 +105,7 @@ def test_ask_with_a_directory_both_files_or_a_checkpoint(home: Path, pair: Model
 
 def test_temperature_and_seed(home: Path, pair: ModelFiles, scene: Path) -> None:
     def sample(seed: int) -> str:
-        options = ("--temperature", 50, "--max-tokens", 12, "--seed", seed)
+        options = ("--temperature", 9, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--max-tokens", 12, "--seed", seed)
         return run(home, "ask", "-m", pair.model, *options, scene, "Hello").stdout
 
     assert sample(1) == sample(1)
@@ -119,6 +119,7 @@ def test_usage_errors(home: Path, pair: ModelFiles, scene: Path) -> None:
         ("ask", "--no-such-option", "x"),
         ("ask", "--max-tokens", "0", "x"),
         ("ask", "--temperature", "-1", "x"),
+        ("ask", "--top-p", "1.5", "x"),
         ("ask", "--threads", "0", "x"),
         ("ask", "-m", pair.model, "--kv-type", "Q3", "x"),
         ("ask", "-m", pair.model, "--n-ctx", "99999999", "x"),

@@ -371,12 +371,15 @@ def test_the_first_is_withdrawn_when_the_second_cannot_be_published(exists: bool
 # ---- the system says no ----
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as T
 from local_llava.convert.plan import GGUFPlan, TensorPlan
 from local_llava.convert.write import write
+
+# What a shell starts in the background ignores the signal, and its children do.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def load(start, stop):
     time.sleep({delay})
