@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	@$(BIN)/python models/tiny-llava/scenes.py demo/pictures --seed 3 --count 1 > /dev/null
+	@$(BIN)/python models/tiny-llava/scenes.py demo/pictures --seed 5 --count 1 > /dev/null
 	@$(BIN)/local-llava convert models/tiny-llava --quant Q4_K_M -o demo --force
 	@echo "picture:  demo/pictures/0000.png"
 	@echo "question: What do you see?"
