@@ -22,7 +22,7 @@ import machine
 
 from local_llava import Llava
 from local_llava.convert import convert
-from local_llava.types import ModelFiles
+from local_llava.types import KVType, ModelFiles
 
 TINY = Path(__file__).parent.parent / "models" / "tiny-llava"
 sys.path.insert(0, str(TINY))
@@ -63,8 +63,8 @@ def transformers_answers(questions: Iterable[Question]) -> list[str]:
     return answers
 
 
-def our_answers(files: ModelFiles, questions: Iterable[Question], kv_type: str) -> list[str]:
-    with Llava.load(files.model, files.mmproj, kv_type=kv_type) as llava:  # type: ignore[arg-type]
+def our_answers(files: ModelFiles, questions: Iterable[Question], kv_type: KVType) -> list[str]:
+    with Llava.load(files.model, files.mmproj, kv_type=kv_type) as llava:
         return [llava.ask(q.question, q.image, max_tokens=64).text for q in questions]
 
 
@@ -72,7 +72,7 @@ def stock_answers(files: ModelFiles, questions: Iterable[Question]) -> list[str]
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import Llava15ChatHandler
 
-    class Handler(Llava15ChatHandler):  # type: ignore[misc]
+    class Handler(Llava15ChatHandler):
         DEFAULT_SYSTEM_MESSAGE = None
         CHAT_FORMAT = (
             "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -125,7 +125,7 @@ def main() -> None:
         for quant, mmproj in PAIRS:
             out = directory / f"{quant}-{mmproj}"
             files[quant, mmproj] = convert(TINY, out, quant=quant, mmproj_quant=mmproj)
-            kv_type = "F32" if quant == "F32" else "F16"
+            kv_type: KVType = "F32" if quant == "F32" else "F16"
             pair = files[quant, mmproj]
             report(f"local-llava {quant}, mmproj {mmproj}", lambda p=pair, k=kv_type: our_answers(p, questions, k))
         report("stock llama-cpp-python F32", lambda: stock_answers(files["F32", "F32"], questions))

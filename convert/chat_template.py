@@ -11,9 +11,7 @@ from typing import Any
 
 from local_llava.convert.checkpoint import read_json
 from local_llava.errors import CheckpointError
-
-MAX_TEMPLATE = 64 << 10
-"""Characters; what `local_llava.template` renders."""
+from local_llava.types import MAX_CHAT_TEMPLATE
 
 LLAMA3_CHAT = """{{- bos_token -}}
 {%- for message in messages -%}
@@ -75,9 +73,9 @@ def _default_of(templates: Any) -> Any:
 def _checked(path: Path, template: Any) -> str:
     if not isinstance(template, str) or not template.strip() or "\0" in template:
         raise CheckpointError(f"{path}: chat_template must be a text, or a list with one named default")
-    if len(template) > MAX_TEMPLATE:
+    if len(template) > MAX_CHAT_TEMPLATE:
         raise CheckpointError(
-            f"{path}: chat_template has {len(template)} characters; at most {MAX_TEMPLATE} are accepted"
+            f"{path}: chat_template has {len(template)} characters; at most {MAX_CHAT_TEMPLATE} are accepted"
         )
     try:
         template.encode()

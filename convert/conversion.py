@@ -21,7 +21,7 @@ from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
 from local_llava.convert.preprocessing import read_preprocessing
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
-from local_llava.types import PAIR_KEY, ModelFiles
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
 
 _UNUSED = re.compile(r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight)$")
 """Tensors that checkpoints carry and LLaVA does not use."""
@@ -71,8 +71,8 @@ def convert(
     source: str | Path,
     out: str | Path | None = None,
     *,
-    quant: str = "Q4_K_M",
-    mmproj_quant: str = "F16",
+    quant: str = DEFAULT_QUANT,
+    mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
     overwrite: bool = False,
     progress: write.Progress | None = None,
     threads: int | None = None,
@@ -106,8 +106,8 @@ def prepare(
     source: str | Path,
     out: str | Path | None = None,
     *,
-    quant: str = "Q4_K_M",
-    mmproj_quant: str = "F16",
+    quant: str = DEFAULT_QUANT,
+    mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
     overwrite: bool = False,
 ) -> Conversion:
     """Decide and check a whole conversion without writing; arguments and errors as of `convert`."""

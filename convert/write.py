@@ -77,9 +77,8 @@ def check_writable(outputs: Sequence[tuple[Path, int]], overwrite: bool = False)
             needed[device] = needed.get(device, 0) + size
             free = shutil.disk_usage(path.parent).free
         if free < needed[device]:
-            raise OutputError(
-                f"not enough room on the disk of {path.parent}: {_human(needed[device])} needed, {_human(free)} free"
-            )
+            sizes = f"{human_size(needed[device])} needed, {human_size(free)} free"
+            raise OutputError(f"not enough room on the disk of {path.parent}: {sizes}")
 
 
 def write(
@@ -341,6 +340,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _human(size: int) -> str:
+def human_size(size: int) -> str:
+    """Bytes as a person reads them, in powers of 1000, as disks are sold: 4.9 GB."""
     steps = max(0, min(4, (len(str(size)) - 1) // 3))
     return f"{size / 1000**steps:.{1 if steps else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[steps]}"

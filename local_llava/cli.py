@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from local_llava.errors import LocalLlavaError, UsageError
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,8 +198,10 @@ def convert(
     ] = None,
     quant: Annotated[
         str, typer.Option(help="Type of the language model: F32, F16, BF16, Q8_0, Q6_K or Q4_K_M.")
-    ] = "Q4_K_M",
-    mmproj_quant: Annotated[str, typer.Option(help="Type of tower and projector: F32, F16 or Q8_0.")] = "F16",
+    ] = DEFAULT_QUANT,
+    mmproj_quant: Annotated[
+        str, typer.Option(help="Type of tower and projector: F32, F16 or Q8_0.")
+    ] = DEFAULT_MMPROJ_QUANT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the checkpoint and show what would be written.")
     ] = False,
@@ -223,7 +226,7 @@ def convert(
 def _show_plan(conversion: Conversion) -> None:
     from collections import Counter
 
-    from local_llava.inspection import human_size
+    from local_llava.convert.write import human_size
 
     files = (conversion.files.model, conversion.files.mmproj)
     for path, plan, size in zip(files, (conversion.model, conversion.mmproj), conversion.sizes, strict=True):

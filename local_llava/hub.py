@@ -19,14 +19,11 @@ import platformdirs
 
 from local_llava.errors import CheckpointError, ModelFileError, OutputError, UsageError
 from local_llava.gguf_file import GGUFFile
-from local_llava.types import PAIR_KEY, ModelFiles
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
 
 OnConvert: TypeAlias = Callable[[Path, int], Callable[[int], None]]
 
 log = logging.getLogger("local_llava")
-
-QUANT, MMPROJ_QUANT = "Q4_K_M", "F16"
-"""Types that a checkpoint is converted to unless others are named."""
 
 
 def models_dir() -> Path:
@@ -88,7 +85,7 @@ def converted(checkpoint: Path, on_convert: OnConvert | None = None) -> ModelFil
     files = _kept(directory)
     if files is not None:
         return files
-    conversion = prepare(checkpoint, directory, quant=QUANT, mmproj_quant=MMPROJ_QUANT)
+    conversion = prepare(checkpoint, directory, quant=DEFAULT_QUANT, mmproj_quant=DEFAULT_MMPROJ_QUANT)
     progress = on_convert(checkpoint, sum(conversion.sizes)) if on_convert else None
     try:
         return conversion.write(progress=progress)
@@ -117,7 +114,7 @@ def _digest(checkpoint: Path) -> str:
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     except OSError as e:
         raise CheckpointError(f"{checkpoint}: cannot be read: {e.strerror}") from e
-    key = json.dumps([str(checkpoint.resolve()), state, QUANT, MMPROJ_QUANT, __version__])
+    key = json.dumps([str(checkpoint.resolve()), state, DEFAULT_QUANT, DEFAULT_MMPROJ_QUANT, __version__])
     return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 

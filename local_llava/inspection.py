@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from local_llava.convert.write import human_size
 from local_llava.errors import ModelFileError
 from local_llava.gguf_file import TYPES, GGUFFile
 
@@ -80,15 +81,6 @@ def describe(contents: Contents) -> Iterator[str]:
     width = max((len(t.name) for t in contents.tensors), default=0)
     for t in contents.tensors:
         yield f"  {t.name:{width}}  {t.type:5} {human_size(t.nbytes):>10}  {list(t.shape)}"
-
-
-def human_size(size: float) -> str:
-    """Bytes as a person reads them: powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
 
 
 def _short(value: Any) -> str:

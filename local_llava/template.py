@@ -19,9 +19,7 @@ from jinja2.filters import FILTERS as DEFAULT_FILTERS
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from local_llava.errors import PromptError
-
-MAX_TEMPLATE = 64 << 10
-"""Characters of the longest template; the longest that models ship have about 20,000."""
+from local_llava.types import MAX_CHAT_TEMPLATE
 
 BUDGET = 20_000_000
 """Characters that a rendering may handle in all; a turn of a loop or a call counts as the template's own length."""
@@ -188,8 +186,8 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     Raises:
         PromptError: The template is malformed, does what the sandbox forbids, or refuses the conversation.
     """
-    if len(template) > MAX_TEMPLATE:
-        raise PromptError(f"the model's chat template has {len(template)} characters; {MAX_TEMPLATE} are accepted")
+    if len(template) > MAX_CHAT_TEMPLATE:
+        raise PromptError(f"the model's chat template has {len(template)} characters; {MAX_CHAT_TEMPLATE} are accepted")
     env = _Limited(cost=len(template))
     parts: list[str] = []
     try:

@@ -15,6 +15,12 @@ from local_llava.errors import ModelFileError, UsageError
 PAIR_KEY = "local_llava.pair_id"
 """Metadata that both files of a conversion carry, equal if they belong together. Files of other tools lack it."""
 
+DEFAULT_QUANT, DEFAULT_MMPROJ_QUANT = "Q4_K_M", "F16"
+"""Types that a checkpoint is converted to unless others are named."""
+
+MAX_CHAT_TEMPLATE = 64 << 10
+"""Characters of the longest chat template that is converted and rendered; the longest in use have about 20,000."""
+
 KVType: TypeAlias = Literal["F32", "F16", "Q8_0"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 PreprocessMode: TypeAlias = Literal["crop", "pad", "resize"]
