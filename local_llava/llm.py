@@ -274,6 +274,9 @@ def _new_context(config: LLMConfig, model: int, n_ctx: int, kv_type: int, n_thre
     params.n_seq_max = 1
     params.n_threads = params.n_threads_batch = n_threads
     params.type_k = params.type_v = kv_type
+    if kv_type == KV_TYPES["F32"]:
+        # Flash attention rounds on the way: logits off by up to 1e-2, against 1e-5 without.
+        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_perf = True
     context = c.llama_init_from_model(model, params)
     if not context:
