@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from local_llava import hub
-from local_llava.chat import ChatFormat, Slot, Special
+from local_llava import hub, prompt
+from local_llava.chat import ChatFormat, Slot
 from local_llava.errors import ModelFileError, PromptError, UsageError
 from local_llava.gguf_file import GGUFFile
 from local_llava.images import ImageLike, load_image, preprocess
 from local_llava.llm import LLM
 from local_llava.llm_file import check_pair
+from local_llava.prompt import Prompt
 from local_llava.types import FinishReason, KVType, Message, ModelFiles, Options, Reply, Timings
 from local_llava.vision import VisionTower
 
@@ -134,8 +135,7 @@ class Llava:
         started = time.perf_counter()
         embeddings = self.embed_images(images)
         encoded = time.perf_counter()
-        prompt = self._prompt(question, len(embeddings), settings.system)
-        n_prompt = self._prefill(prompt, embeddings, on_prefill)
+        n_prompt = self._prefill(self._prompt(question, len(embeddings), settings.system), embeddings, on_prefill)
         prefilled = time.perf_counter()
         tokens, text, reason, n_sampled = self._generate(settings, on_text)
         done = time.perf_counter()
@@ -176,33 +176,14 @@ class Llava:
             tokens += [None] * self._tower.n_tokens if isinstance(part, Slot) else part
         return tokens
 
-    def _prompt(self, question: str, n_images: int, system: str | None) -> list[list[int] | Slot]:
-        """Runs of tokens, and slots of pictures between them."""
-        for name, text in (("question", question), ("system", system or "")):
-            if not isinstance(text, str):
-                raise UsageError(f"{name} must be text, not {type(text).__name__}")
-            # Half of a surrogate pair, as Python makes of bytes that are not UTF-8; no tokenizer knows such.
-            if any("\ud800" <= ch <= "\udfff" for ch in text):
-                raise UsageError(f"{name} is not valid Unicode text")
+    def _prompt(self, question: str, n_images: int, system: str | None) -> Prompt:
         messages = [Message("system", system)] if system is not None else []
         messages.append(Message("user", question, images=tuple(range(n_images))))
-        prompt: list[list[int] | Slot] = []
-        for part in self._format.parts(messages):
-            if isinstance(part, Slot):
-                prompt.append(part)
-                continue
-            tokens = [part.token] if isinstance(part, Special) else self._llm.tokenize(part)
-            if prompt and isinstance(prompt[-1], list):
-                prompt[-1] += tokens
-            else:
-                prompt.append(tokens)
-        return prompt
+        return prompt.build(messages, self._format, self._llm.tokenize)
 
-    def _prefill(
-        self, prompt: list[list[int] | Slot], embeddings: NDArray[np.float32], progress: Prefill | None
-    ) -> int:
+    def _prefill(self, parts: Prompt, embeddings: NDArray[np.float32], progress: Prefill | None) -> int:
         """Evaluate a prompt in an empty context; returns its length."""
-        total = sum(self._tower.n_tokens if isinstance(part, Slot) else len(part) for part in prompt)
+        total = sum(self._tower.n_tokens if isinstance(part, Slot) else len(part) for part in parts)
         if total >= self._llm.n_ctx:
             pictures = f", {len(embeddings) * self._tower.n_tokens} of them for pictures" if len(embeddings) else ""
             raise PromptError(
@@ -211,9 +192,9 @@ class Llava:
             )
         self._llm.clear()
         report = None if progress is None else lambda _: progress(self._llm.n_past, total)
-        for i, part in enumerate(prompt):
+        for i, part in enumerate(parts):
             inputs = embeddings[part.image] if isinstance(part, Slot) else part
-            self._llm.evaluate(inputs, last=i == len(prompt) - 1, progress=report)
+            self._llm.evaluate(inputs, last=i == len(parts) - 1, progress=report)
         return total
 
     def _generate(

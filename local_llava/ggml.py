@@ -252,6 +252,28 @@ def set_n_threads(device: int, backend: int, n_threads: int) -> bool:
     return bool(address)
 
 
+class _Feature(ctypes.Structure):
+    """`struct ggml_backend_feature`."""
+
+    _fields_ = (("name", c_char_p), ("value", c_char_p))
+
+
+_GET_FEATURES = ctypes.CFUNCTYPE(POINTER(_Feature), c_void_p)
+
+
+def cpu_features() -> dict[str, str]:
+    """What the CPU's backend was built for and finds on this machine, such as {"AVX2": "1"}."""
+    g = functions()
+    registry = g.backend_dev_backend_reg(g.backend_dev_by_type(CPU))
+    address = g.backend_reg_get_proc_address(registry, b"ggml_backend_get_features")
+    features: dict[str, str] = {}
+    if address:
+        entries = _GET_FEATURES(address)(registry)
+        while (entry := entries[len(features)]).name:
+            features[entry.name.decode()] = entry.value.decode()
+    return features
+
+
 def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

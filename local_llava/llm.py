@@ -243,6 +243,8 @@ def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
     params.n_gpu_layers = n_gpu_layers
     overrides = _kv_overrides(config)
     params.kv_overrides = overrides
+    # ggml's AMX kernels crash when the compiler drops their tile configuration, as GCC 12 does: llama.cpp #20824, #26954.
+    params.use_extra_bufts = "AMX_INT8" not in ggml.cpu_features()
     # llama.cpp takes the path in the file system's own encoding.
     model = c.llama_model_load_from_file(os.fsencode(config.path), params)
     if not model:

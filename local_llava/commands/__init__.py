@@ -1,0 +1,1 @@
+"""The commands, one module each: parse -> types -> one call -> print. Their heavy imports are inside the functions."""
