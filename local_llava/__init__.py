@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         PromptError,
         UsageError,
     )
-    from local_llava.types import ModelFiles, Options, Reply, Timings
+    from local_llava.types import Chunk, Message, ModelFiles, Options, Reply, Timings, TokenLogprob
 
 __version__: str
 
@@ -40,18 +40,23 @@ _HOMES = {
     "OutputError": "errors",
     "PromptError": "errors",
     "UsageError": "errors",
+    "Chunk": "types",
+    "Message": "types",
     "ModelFiles": "types",
     "Options": "types",
     "Reply": "types",
     "Timings": "types",
+    "TokenLogprob": "types",
 }
 
 __all__ = [
     "CheckpointError",
+    "Chunk",
     "EngineError",
     "ImageError",
     "Llava",
     "LocalLlavaError",
+    "Message",
     "ModelFileError",
     "ModelFiles",
     "Options",
@@ -59,6 +64,7 @@ __all__ = [
     "PromptError",
     "Reply",
     "Timings",
+    "TokenLogprob",
     "UsageError",
 ]
 

@@ -14,13 +14,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from local_llava.commands import ask, console, convert, inspect
+from local_llava.commands import ask, chat, console, convert, inspect
 from local_llava.errors import LocalLlavaError, UsageError
 
 app = typer.Typer(
     help="Ask LLaVA questions about your own pictures, on your own computer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -93,6 +92,7 @@ def _options(
 
 
 app.command()(ask.ask)
+app.command()(chat.chat)
 app.command()(convert.convert)
 app.command()(inspect.inspect)
 

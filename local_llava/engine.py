@@ -1,68 +1,83 @@
-"""LLaVA, put together: pictures and a question in, an answer out.
+"""LLaVA, put together: pictures and a conversation in, an answer out.
 
-Knows in which order the parts work. The tower is `vision`'s, the language model `llm`'s, prompts `chat`'s.
+Knows in which order the parts work, and which thread does what: pictures are read and prepared in the caller's, both
+models belong to one thread of their own (`worker`), which answers one request after the other.
 """
 
 from __future__ import annotations
 
-import codecs
+import asyncio
+import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, closing
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from local_llava import hub, prompt
+from local_llava import hub, memory, prompt
 from local_llava.chat import ChatFormat, Slot
-from local_llava.errors import ModelFileError, PromptError, UsageError
+from local_llava.conversation import Conversation, Images, as_list, as_messages
+from local_llava.errors import EngineError, ModelFileError
+from local_llava.generation import Context, Picture, Request
 from local_llava.gguf_file import GGUFFile
-from local_llava.images import ImageLike, load_image, preprocess
+from local_llava.images import ImageLike, load_image, preprocess, with_mode
+from local_llava.json_schema import compile_schema
 from local_llava.llm import LLM
-from local_llava.llm_file import check_pair
-from local_llava.prompt import Prompt
-from local_llava.types import FinishReason, KVType, Message, ModelFiles, Options, Reply, Timings
+from local_llava.llm_file import check_llm, check_pair
+from local_llava.mmproj import check_mmproj
+from local_llava.types import Chunk, ModelFiles, Options, Reply
 from local_llava.vision import VisionTower
+from local_llava.worker import Worker
 
 log = logging.getLogger("local_llava")
 
-Images = ImageLike | Sequence[ImageLike]
-Prefill = Callable[[int, int], None]
+OnPrefill = Callable[[int, int], None]
 
 
 class Llava:
-    """A loaded pair of models. One thread at a time may use it.
+    """A loaded pair of models. Any thread and any event loop may ask it; answers are given one after the other.
 
     with Llava.load("models/llava-llama-3-8b") as llava:
         print(llava.ask("What is in the picture?", images="cat.jpg").text)
+
+    Attributes:
+        files: The pair.
+        options: The defaults of all answers.
+        n_ctx: Tokens that the context holds.
     """
 
-    def __init__(self, files: ModelFiles, llm: LLM, tower: VisionTower, load_s: float, stack: ExitStack) -> None:
-        """Use `load`."""
-        self.files = files
-        self._llm, self._tower, self._load_s, self._stack = llm, tower, load_s, stack
-        vocab = llm.config.vocab
-        if vocab.chat_template is None:
-            raise ModelFileError(f"{files.model}: tokenizer.chat_template is missing; it says how a question is put")
-        self._format = ChatFormat(vocab.chat_template, llm.specials, vocab.bos, vocab.eos, vocab.add_bos)
+    def __init__(
+        self,
+        files: ModelFiles,
+        options: Options,
+        llm: LLM,
+        tower: VisionTower,
+        chat_format: ChatFormat,
+        load_s: float,
+        stack: ExitStack,
+    ) -> None:
+        """Use `load`. `stack` frees both models."""
+        self.files, self.options, self.n_ctx = files, options, llm.n_ctx
+        self._llm, self._tower, self._format, self._load_s = llm, tower, chat_format, load_s
+        self._context = Context(llm, tower)
+        self._warned = False
+        self._worker = Worker("local-llava")
+        stack.callback(self._worker.close)  # before the models are freed
+        # Also where a program forgets to close: the thread must not be in llama.cpp when Python ends.
+        self._close = weakref.finalize(self, stack.close)
 
     @classmethod
     def load(
         cls,
         model: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = None,
-        *,
-        n_ctx: int | None = None,
-        kv_type: KVType = "F16",
-        n_threads: int | None = None,
-        n_gpu_layers: int = -1,
-        flash_attention: bool = False,
+        **options: Any,
     ) -> Llava:
         """Load a pair.
 
@@ -70,30 +85,43 @@ class Llava:
             model: The language model's GGUF; or a directory with one pair; or a checkpoint, which is converted once and
                 kept; None for the built-in model.
             mmproj: Tower and projector; None to take the one beside `model`.
-            n_ctx: Context length in tokens; None for the lesser of 4096 and what the model was trained for.
-            kv_type: Type of the KV cache: F32, F16 or Q8_0.
-            n_threads: CPU threads; None for as many as the process may run on.
-            n_gpu_layers: Layers to put on the GPU, if there is one; -1 for all. 0 keeps the tower on the CPU, too.
-            flash_attention: Of the tower: less memory, for an error of about 3e-4.
+            **options: Fields of `Options`: how to load, and the defaults of all answers.
 
         Raises:
             ModelFileError: A file cannot be used, or the two do not belong together.
             CheckpointError: A checkpoint cannot be converted.
-            UsageError: An argument is not accepted.
-            EngineError: llama.cpp or ggml failed, mostly for lack of memory.
+            UsageError: An option is unknown or not accepted.
+            EngineError: There is not enough memory, or llama.cpp or ggml failed.
         """
         started = time.perf_counter()
+        settings = Options().updated(options)
+        if settings.json_schema is not None:
+            compile_schema(settings.json_schema)
         files = hub.resolve(model, mmproj)
+        gguf, mmproj_gguf = GGUFFile.open(files.model), GGUFFile.open(files.mmproj)
+        llm_config, tower_config = check_llm(gguf), check_mmproj(mmproj_gguf)
+        check_pair(llm_config, files.mmproj, tower_config.n_out)
+        hub.check_pair_ids(gguf, mmproj_gguf)
+        n_ctx = memory.choose_n_ctx(llm_config, files, tower_config.activation_bytes, settings)
         with ExitStack() as stack:
             tower = VisionTower.load(
-                files.mmproj, n_threads=n_threads, use_gpu=n_gpu_layers != 0, flash_attention=flash_attention
+                files.mmproj,
+                n_threads=settings.n_threads,
+                use_gpu=settings.n_gpu_layers != 0,
+                flash_attention=settings.flash_attention,
             )
             stack.callback(tower.close)
-            llm = LLM.load(files.model, n_ctx=n_ctx, kv_type=kv_type, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+            llm = LLM.load(
+                files.model,
+                n_ctx=n_ctx,
+                kv_type=settings.kv_type,
+                n_threads=settings.n_threads,
+                n_gpu_layers=settings.n_gpu_layers,
+            )
             stack.callback(llm.close)
-            check_pair(llm.config, files.mmproj, tower.n_embd)
-            hub.check_pair_ids(llm.gguf, GGUFFile.open(files.mmproj))
-            return cls(files, llm, tower, time.perf_counter() - started, stack.pop_all())
+            chat_format = _chat_format(files, llm)
+            load_s = time.perf_counter() - started
+            return cls(files, settings, llm, tower, chat_format, load_s, stack.pop_all())
 
     def __enter__(self) -> Llava:
         return self
@@ -104,26 +132,17 @@ class Llava:
         self.close()
 
     def close(self) -> None:
-        """Free the memory of both models; they cannot be used after."""
-        self._stack.close()
+        """Stop what is going on and free the memory of both models; they cannot be used after."""
+        self._close()
 
-    def ask(
-        self,
-        question: str,
-        images: Images = (),
-        *,
-        on_text: Callable[[str], None] | None = None,
-        on_prefill: Prefill | None = None,
-        **options: Any,
-    ) -> Reply:
+    def ask(self, question: str, images: Images = (), *, on_prefill: OnPrefill | None = None, **options: Any) -> Reply:
         """Ask a question about pictures.
 
         Args:
             question: What the user typed. It is text: nothing in it acts as a control token.
-            images: A picture, or several: paths or PIL images.
-            on_text: Called with each piece of the answer as it comes.
+            images: A picture, or several: whatever `local_llava.images.load_image` takes.
             on_prefill: Called with the prompt tokens done and their total while the prompt is read.
-            **options: Fields of `Options`.
+            **options: Fields of `Options`, for this answer.
 
         Raises:
             ImageError: A picture cannot be read.
@@ -131,24 +150,59 @@ class Llava:
             UsageError: An option is unknown or out of its range.
             EngineError: llama.cpp or ggml failed.
         """
-        settings = _options(options)
-        started = time.perf_counter()
-        embeddings = self.embed_images(images)
-        encoded = time.perf_counter()
-        n_prompt = self._prefill(self._prompt(question, len(embeddings), settings.system), embeddings, on_prefill)
-        prefilled = time.perf_counter()
-        tokens, text, reason, n_sampled = self._generate(settings, on_text)
-        done = time.perf_counter()
-        timings = Timings(
-            load_s=self._load_s,
-            image_s=encoded - started,
-            prefill_s=prefilled - encoded,
-            decode_s=done - prefilled,
-            prompt_tokens=n_prompt,
-            image_tokens=len(embeddings) * self._tower.n_tokens,
-            completion_tokens=n_sampled,
-        )
-        return Reply(text, tuple(tokens), reason, timings)
+        return self.chat(question, images, on_prefill=on_prefill, **options)
+
+    def chat(
+        self, messages: Conversation, images: Images = (), *, on_prefill: OnPrefill | None = None, **options: Any
+    ) -> Reply:
+        """Continue a conversation.
+
+        What the context still holds of it, pictures included, is not computed again.
+
+        Args:
+            messages: Turns, oldest first, the last one the user's: `Message`s, or dictionaries with `role` and
+                `content` as in OpenAI's chat format.
+            images: Pictures for the last turn, besides those it brings.
+            on_prefill: As of `ask`, as are the errors.
+            **options: Fields of `Options`, for this answer.
+        """
+        reply: Reply | None = None
+        with closing(self.stream(messages, images, on_prefill=on_prefill, **options)) as chunks:
+            for chunk in chunks:
+                reply = chunk.reply
+        return _complete(reply)
+
+    def stream(
+        self, messages: Conversation, images: Images = (), *, on_prefill: OnPrefill | None = None, **options: Any
+    ) -> Generator[Chunk, None, None]:
+        """As `chat` (or, with a text for `messages`, as `ask`), but yields the answer in pieces as they come.
+
+        The work begins with the first piece asked for. Closing the iterator stops it.
+        """
+        request = self._request(messages, images, options)
+        return self._chunks(request, on_prefill)
+
+    async def aask(self, question: str, images: Images = (), **options: Any) -> Reply:
+        """`ask` for an event loop. Cancelling the task stops the work."""
+        return await self.achat(question, images, **options)
+
+    async def achat(self, messages: Conversation, images: Images = (), **options: Any) -> Reply:
+        """`chat` for an event loop. Cancelling the task stops the work."""
+        reply: Reply | None = None
+        async with aclosing(self.astream(messages, images, **options)) as chunks:
+            async for chunk in chunks:
+                reply = chunk.reply
+        return _complete(reply)
+
+    async def astream(self, messages: Conversation, images: Images = (), **options: Any) -> AsyncGenerator[Chunk, None]:
+        """`stream` for an event loop. Closing the iterator, or cancelling the task, stops the work."""
+        # Reading pictures may take long, above all from the network.
+        request = await asyncio.to_thread(self._request, messages, images, options)
+        items = self._context.answer(request, self._load_s)
+        async with aclosing(self._worker.aiterate(items)) as results:
+            async for item in results:
+                if isinstance(item, Chunk):
+                    yield item
 
     def embed_images(self, images: Images) -> NDArray[np.float32]:
         """Image embeddings as the language model gets them: float32 [n_images, n_tokens, n_embd].
@@ -156,84 +210,65 @@ class Llava:
         Raises:
             ImageError: A picture cannot be read.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)):
-            images = [images]
-        pictures = [load_image(image) for image in images]
+        pictures = self._pictures(as_list(images), self.options)
+        known = self._worker.call(lambda: self._context.embeddings(pictures))
         if not pictures:
             return np.empty((0, self._tower.n_tokens, self._tower.n_embd), np.float32)
-        return self._tower.encode(preprocess(pictures, self._tower.preprocessing))
+        return np.stack([known[picture.digest] for picture in pictures])
 
     def logits(self, question: str, images: Images = (), *, system: str | None = None) -> NDArray[np.float32]:
         """Logits of the answer's first token: float32 [n_vocab]."""
-        embeddings = self.embed_images(images)
-        self._prefill(self._prompt(question, len(embeddings), system), embeddings, None)
-        return self._llm.logits()
+        request = self._request(question, images, {} if system is None else {"system": system})
+        return self._worker.call(lambda: self._context.logits(request))
 
     def prompt_tokens(self, question: str, n_images: int = 0, *, system: str | None = None) -> list[int | None]:
         """The prompt of a question as token ids, None for each token of a picture."""
+        messages = as_messages(question, [*range(n_images)], system)
         tokens: list[int | None] = []
-        for part in self._prompt(question, n_images, system):
+        for part in prompt.build(messages, self._format, self._llm.tokenize):
             tokens += [None] * self._tower.n_tokens if isinstance(part, Slot) else part
         return tokens
 
-    def _prompt(self, question: str, n_images: int, system: str | None) -> Prompt:
-        messages = [Message("system", system)] if system is not None else []
-        messages.append(Message("user", question, images=tuple(range(n_images))))
-        return prompt.build(messages, self._format, self._llm.tokenize)
+    def _request(self, conversation: Conversation, images: Images, options: Mapping[str, Any]) -> Request:
+        """Everything that can be wrong with a request is found here, before it is queued."""
+        settings = self.options.updated(options, loaded=True)
+        schema = None if settings.json_schema is None else compile_schema(settings.json_schema)
+        messages = as_messages(conversation, images, settings.system)
+        started = time.perf_counter()
+        pictures = self._pictures([image for message in messages for image in message.images], settings)
+        prepared_s = time.perf_counter() - started
+        parts = prompt.build(messages, self._format, self._llm.tokenize)
+        return Request(parts, pictures, settings, schema, prepared_s)
 
-    def _prefill(self, parts: Prompt, embeddings: NDArray[np.float32], progress: Prefill | None) -> int:
-        """Evaluate a prompt in an empty context; returns its length."""
-        total = sum(self._tower.n_tokens if isinstance(part, Slot) else len(part) for part in parts)
-        if total >= self._llm.n_ctx:
-            pictures = f", {len(embeddings) * self._tower.n_tokens} of them for pictures" if len(embeddings) else ""
-            raise PromptError(
-                f"the prompt has {total} tokens{pictures}, the context {self._llm.n_ctx}: "
-                "shorten the question, or raise n_ctx (--n-ctx)"
-            )
-        self._llm.clear()
-        report = None if progress is None else lambda _: progress(self._llm.n_past, total)
-        for i, part in enumerate(parts):
-            inputs = embeddings[part.image] if isinstance(part, Slot) else part
-            self._llm.evaluate(inputs, last=i == len(parts) - 1, progress=report)
-        return total
+    def _pictures(self, images: Sequence[ImageLike], options: Options) -> tuple[Picture, ...]:
+        if len(images) > 1 and not self._warned:
+            self._warned = True
+            log.warning("%d pictures in one conversation: LLaVA was trained on one, and may mix them up", len(images))
+        how = with_mode(self._tower.preprocessing, options.preprocess)
+        pictures = []
+        for image in images:
+            pixels = preprocess([load_image(image)], how)[0]
+            pictures.append(Picture(pixels, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()))
+        return tuple(pictures)
 
-    def _generate(
-        self, options: Options, on_text: Callable[[str], None] | None
-    ) -> tuple[list[int], str, FinishReason, int]:
-        """Sample until the turn ends or a limit is reached: tokens, text, why it ended, number of tokens sampled."""
-        tokens: list[int] = []
-        pieces: list[str] = []
-        # A character may be spread over several tokens.
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def emit(piece: str) -> None:
-            if piece:
-                pieces.append(piece)
-                if on_text:
-                    on_text(piece)
-
-        reason: FinishReason = "length"
-        sampler = self._llm.sampler(options)
-        try:
-            while True:
-                token = sampler.sample()
-                if self._llm.ends_turn(token):
-                    reason = "stop"
-                    break
-                tokens.append(token)
-                emit(decoder.decode(self._llm.piece(token)))
-                if len(tokens) == options.max_tokens or self._llm.n_past == self._llm.n_ctx:
-                    break
-                self._llm.evaluate([token], last=True)
-        finally:
-            sampler.close()
-        emit(decoder.decode(b"", final=True))
-        return tokens, "".join(pieces), reason, len(tokens) + (reason == "stop")
+    def _chunks(self, request: Request, on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
+        items = self._context.answer(request, self._load_s)
+        with closing(self._worker.iterate(items)) as results:
+            for item in results:
+                if isinstance(item, Chunk):
+                    yield item
+                elif on_prefill:
+                    on_prefill(item.done, item.total)
 
 
-def _options(values: dict[str, Any]) -> Options:
-    known = Options.__dataclass_fields__
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise UsageError(f"no option is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    return replace(Options(), **values)
+def _complete(reply: Reply | None) -> Reply:
+    if reply is None:
+        raise EngineError("the model was closed before the answer was complete")
+    return reply
+
+
+def _chat_format(files: ModelFiles, llm: LLM) -> ChatFormat:
+    vocab = llm.config.vocab
+    if vocab.chat_template is None:
+        raise ModelFileError(f"{files.model}: tokenizer.chat_template is missing; it says how a question is put")
+    return ChatFormat(vocab.chat_template, llm.specials, vocab.bos, vocab.eos, vocab.add_bos)

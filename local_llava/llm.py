@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava import ggml
-from local_llava.errors import EngineError, PromptError, UsageError
+from local_llava.constraint import Vocabulary
+from local_llava.errors import EngineError, PromptError
 from local_llava.gguf_file import GGUFFile
 from local_llava.llm_file import LLMConfig, check_llm
 from local_llava.types import KVType, Options
@@ -28,10 +29,7 @@ log = logging.getLogger("local_llava")
 N_BATCH = 128
 """Most tokens that one call evaluates: seconds of work on a laptop, between which progress and Ctrl-C get through."""
 
-DEFAULT_N_CTX = 4096
-"""Context length where the user names none and the model allows it: a picture takes 576."""
-
-KV_TYPES: dict[str, int] = {"F32": 0, "F16": 1, "Q8_0": 8}
+KV_TYPES: dict[KVType, int] = {"F32": 0, "F16": 1, "Q8_0": 8}
 
 PENALTY_WINDOW = 64
 """Tokens that the repeat penalty looks back on."""
@@ -78,7 +76,7 @@ class LLM:
         cls,
         path: Path,
         *,
-        n_ctx: int | None = None,
+        n_ctx: int,
         kv_type: KVType = "F16",
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
@@ -87,23 +85,17 @@ class LLM:
 
         Args:
             path: A GGUF that `check_llm` accepts.
-            n_ctx: Context length in tokens; None for the lesser of 4096 and what the model was trained for.
+            n_ctx: Context length in tokens, at most what the model was trained for.
             kv_type: Type of the KV cache.
             n_threads: CPU threads; None for as many as the process may run on.
             n_gpu_layers: Layers to put on the GPU, if there is one; -1 for all.
 
         Raises:
             ModelFileError: The file cannot be used; the message names the field or tensor.
-            UsageError: n_ctx or kv_type is not accepted.
             EngineError: llama.cpp failed, mostly for lack of memory.
         """
         gguf = GGUFFile.open(path)
         config = check_llm(gguf)
-        if kv_type not in KV_TYPES:
-            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
-        n_ctx = min(DEFAULT_N_CTX, config.n_ctx_train) if n_ctx is None else n_ctx
-        if not 1 <= n_ctx <= config.n_ctx_train:
-            raise UsageError(f"n_ctx must be 1 to {config.n_ctx_train}, what {path.name} was trained for, not {n_ctx}")
         c.llama_log_set(_log_callback, ctypes.c_void_p(0))
         c.llama_backend_init()
         with ExitStack() as stack:
@@ -141,46 +133,40 @@ class LLM:
         """Whether the model means to say no more with this token."""
         return bool(c.llama_vocab_is_eog(self._vocab, token))
 
-    def clear(self) -> None:
-        """Forget the context."""
-        c.llama_memory_clear(c.llama_get_memory(self._context), True)
-        self.n_past = 0
+    def truncate(self, n: int) -> bool:
+        """Keep the first n tokens of the context. Where llama.cpp cannot, everything is forgotten: returns False."""
+        memory = c.llama_get_memory(self._context)
+        kept = bool(c.llama_memory_seq_rm(memory, 0, n, -1))
+        if not kept:
+            c.llama_memory_clear(memory, True)
+        self.n_past = n if kept else 0
+        return kept
 
-    def evaluate(
-        self, inputs: Sequence[int] | NDArray[np.float32], last: bool, progress: Callable[[int], None] | None = None
-    ) -> None:
-        """Append to the context.
+    def decode(self, inputs: Sequence[int] | NDArray[np.float32], last: bool) -> None:
+        """Append to the context, in one batch.
 
         Args:
-            inputs: Tokens, or embeddings float32 [n, n_embd].
+            inputs: At most N_BATCH tokens, or embeddings float32 [n, n_embd].
             last: Whether the logits after the last one are wanted.
-            progress: Called with the number of tokens done, after each batch.
 
         Raises:
             PromptError: The context is full.
             EngineError: llama.cpp failed.
         """
-        if self.n_past + len(inputs) > self.n_ctx:
-            raise PromptError(f"{self.n_past + len(inputs)} tokens do not fit the context of {self.n_ctx} (n_ctx)")
-        for start in range(0, len(inputs), N_BATCH):
-            chunk = inputs[start : start + N_BATCH]
-            self._decode(chunk, last and start + len(chunk) == len(inputs))
-            if progress:
-                progress(len(chunk))
-
-    def _decode(self, chunk: Sequence[int] | NDArray[np.float32], last: bool) -> None:
-        n = len(chunk)
+        n = len(inputs)
+        if self.n_past + n > self.n_ctx:
+            raise PromptError(f"{self.n_past + n} tokens do not fit the context of {self.n_ctx} (n_ctx)")
         position = np.arange(self.n_past, self.n_past + n, dtype=np.int32)
         n_sequences, output = np.ones(n, np.int32), np.zeros(n, np.int8)
         output[-1] = last
         sequence = ctypes.pointer(ctypes.c_int32(0))
         # The arrays must outlive the call; llama_batch holds plain pointers to them.
         batch: Any = c.llama_batch(n_tokens=n)
-        if isinstance(chunk, np.ndarray):
-            embeddings = np.ascontiguousarray(chunk, np.float32)
+        if isinstance(inputs, np.ndarray):
+            embeddings = np.ascontiguousarray(inputs, np.float32)
             batch.embd = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         else:
-            tokens = np.asarray(chunk, np.int32)
+            tokens = np.asarray(inputs, np.int32)
             batch.token = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.pos = position.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.n_seq_id = n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
@@ -194,12 +180,18 @@ class LLM:
         self.n_past += n
 
     def logits(self) -> NDArray[np.float32]:
-        """A copy of the logits after the last input: float32 [n_vocab]."""
+        """The logits after the last input: float32 [n_vocab], llama.cpp's own, from which samplers take the token."""
         pointer = c.llama_get_logits_ith(self._context, -1)
         if not pointer:
             raise EngineError("llama.cpp has no logits: nothing was evaluated")
-        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self.config.n_vocab,)).copy()
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self.config.n_vocab,))
         return logits
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokens as a constraint needs them."""
+        ends = [i for i in range(self.config.n_vocab) if self.ends_turn(i)]
+        pieces = [self.piece(i) for i in range(self.config.n_vocab)]
+        return Vocabulary(pieces, ends, self.specials.values())
 
     def sampler(self, options: Options) -> Sampler:
         """A new sampler for this model."""
@@ -243,7 +235,8 @@ def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
     params.n_gpu_layers = n_gpu_layers
     overrides = _kv_overrides(config)
     params.kv_overrides = overrides
-    # ggml's AMX kernels crash when the compiler drops their tile configuration, as GCC 12 does: llama.cpp #20824, #26954.
+    # ggml's AMX kernels crash when the compiler drops their tile configuration, as GCC 12 does (llama.cpp #20824,
+    # #26954), and this is the only way to load without them.
     params.use_extra_bufts = "AMX_INT8" not in ggml.cpu_features()
     # llama.cpp takes the path in the file system's own encoding.
     model = c.llama_model_load_from_file(os.fsencode(config.path), params)

@@ -6,9 +6,9 @@ Knows no model, no file format and no library; everything may import it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from local_llava.errors import ModelFileError, UsageError
 
@@ -23,12 +23,17 @@ MAX_CHAT_TEMPLATE = 64 << 10
 
 KVType: TypeAlias = Literal["F32", "F16", "Q8_0"]
 FinishReason: TypeAlias = Literal["stop", "length"]
+Role: TypeAlias = Literal["system", "user", "assistant"]
 PreprocessMode: TypeAlias = Literal["crop", "pad", "resize"]
+PreprocessChoice: TypeAlias = Literal["checkpoint", "pad", "crop"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is sampled. The defaults give the same answer every time.
+    """How a model is loaded and how its answers are sampled. The defaults give the same answer every time.
+
+    `Llava.load` takes them as the defaults of all answers; `ask`, `chat` and `stream` take those of one answer, where
+    the fields of `LOADING` cannot be changed any more.
 
     Raises:
         UsageError: A value is out of its range; the message names the option and the range.
@@ -48,8 +53,30 @@ class Options:
     """Divide the logits of the last 64 tokens by this; 1 leaves them as they are."""
     seed: int = 0
     """Seed of the sampling, 0 to 2**32 - 2."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer where they first occur; they are not part of it."""
     system: str | None = None
-    """System prompt, put before the conversation."""
+    """System prompt, put before a conversation that does not begin with its own."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report at each step, 0 to 20, beside the one taken; None for no report."""
+    json_schema: Any = None
+    """A schema that the answer must follow: a mapping, JSON text, or a pydantic model. docs/json-schema.md."""
+    preprocess: PreprocessChoice = "checkpoint"
+    """"pad" shows the tower the whole picture, "crop" its middle, "checkpoint" what the model's file says."""
+
+    n_ctx: int | None = None
+    """Context length in tokens: prompt, pictures, answer. None for what model and memory allow, at most 8192."""
+    kv_type: KVType = "F16"
+    """Type of the KV cache: F32, F16 or Q8_0."""
+    n_gpu_layers: int = -1
+    """Layers to put on the GPU, if there is one; -1 for all. 0 keeps the tower on the CPU, too."""
+    n_threads: int | None = None
+    """CPU threads; None for as many as the process may run on."""
+    flash_attention: bool = False
+    """Of the tower: less memory, for an error of about 3e-4."""
+
+    LOADING: ClassVar[tuple[str, ...]] = ("n_ctx", "kv_type", "n_gpu_layers", "n_threads", "flash_attention")
+    """The fields that are settled when a model is loaded."""
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
@@ -61,15 +88,47 @@ class Options:
             "repeat_penalty": (0.01, 100),
             # llama.cpp takes 2**32 - 1 for "choose one by chance".
             "seed": (0, 2**32 - 2),
+            "logprobs": (0, 20),
+            "n_ctx": (1, 2**27),
+            "n_gpu_layers": (-1, 2**31 - 1),
+            "n_threads": (1, 512),  # GGML_MAX_N_THREADS
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            kinds = (int,) if name in ("max_tokens", "top_k", "seed") else (int, float)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-                kind = "a whole number" if kinds == (int,) else "a number"
-                raise UsageError(f"{name} must be {kind} from {low:g} to {high:g}, not {value!r}")
+            if value is None and name in ("logprobs", "n_ctx", "n_threads"):
+                continue
+            whole = name not in ("temperature", "top_p", "min_p", "repeat_penalty")
+            if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+                raise UsageError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r:.40}")
+            if not low <= value <= high:
+                raise UsageError(f"{name} must be {low:g} to {high:g}, not {value!r:.40}")
+        for name, choices in (("kv_type", get_args(KVType)), ("preprocess", get_args(PreprocessChoice))):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r:.40}")
         if self.system is not None and not isinstance(self.system, str):
             raise UsageError(f"system must be text, not {type(self.system).__name__}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise UsageError("stop must be texts that are not empty")
+        object.__setattr__(self, "stop", stop)
+
+    def updated(self, values: Mapping[str, Any], loaded: bool = False) -> Options:
+        """These options with some others in their place.
+
+        Args:
+            values: By name of the field.
+            loaded: Whether a model is loaded already, which settles those of `LOADING`.
+
+        Raises:
+            UsageError: No option is called that, or it cannot be changed any more.
+        """
+        known = [f.name for f in fields(self)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f"no option is called {name!r:.40}; there are {', '.join(sorted(known))}")
+            if loaded and name in self.LOADING:
+                raise UsageError(f"{name} is settled when the model is loaded: give it to Llava.load")
+        return replace(self, **values)
 
 
 @dataclass(frozen=True)
@@ -88,17 +147,35 @@ class Timings:
     """Tokens of the prompt, image slots included."""
     image_tokens: int
     """Those of them that stand for pictures."""
+    reused_tokens: int
+    """Those of them that the context still held from the answer before, and that were not evaluated again."""
+    images_encoded: int
+    """Pictures that went through the tower; others were known."""
     completion_tokens: int
     """Tokens generated, the end of turn included."""
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+        """Of the tokens that were evaluated."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
         """The first token comes from the prefill, so one less than were generated."""
         return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, by the model alone: before temperature, penalties, filters and schema."""
+
+    token: int
+    text: str
+    """Its text; half a character is shown as U+FFFD."""
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: tuple[tuple[int, str, float], ...] = ()
+    """The likeliest tokens at its place, likeliest first: id, text, logprob."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +186,24 @@ class Reply:
     tokens: tuple[int, ...]
     """Token ids of the answer, without the end of turn."""
     finish_reason: FinishReason
-    """"stop": the model ended its turn; "length": max_tokens or the context was reached."""
+    """"stop": the model ended its turn or wrote a stop text; "length": max_tokens or the context was reached."""
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `tokens`, if they were asked for."""
+    parsed: Any = None
+    """Where a JSON schema was given and the answer is complete: its value, or an instance of the pydantic model."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer, as it comes."""
+
+    text: str
+    """May be empty: half of a character, or the beginning of a stop text, is held back."""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    reply: Reply | None = None
+    """On the last one: the whole answer."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +282,7 @@ class Preprocessing:
 class Message:
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     text: str
     images: tuple[Any, ...] = field(default=())
-    """Pictures that the turn shows, before its text: paths or PIL images."""
+    """Pictures that the turn shows, before its text: whatever `local_llava.images.load_image` takes."""

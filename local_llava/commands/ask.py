@@ -3,87 +3,79 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from local_llava.commands import console
+from local_llava.commands.options import MmprojOption, ModelOption, loaded, takes_options
 from local_llava.errors import UsageError
 
 if TYPE_CHECKING:
-    from local_llava.types import KVType, Reply
+    from local_llava.engine import Llava
+    from local_llava.types import Reply
 
 
+@takes_options()
 def ask(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures (PNG or JPEG), then the question.")
+        list[str],
+        typer.Argument(
+            metavar="[IMAGE]... QUESTION",
+            help="Pictures, then the question. A picture is a file, a URL, - for standard input, or clipboard:",
+            show_default=False,
+        ),
     ],
-    model: Annotated[
-        Path | None,
+    model: ModelOption = None,
+    mmproj: MmprojOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer with tokens and timings as JSON.")] = False,
+    stream: Annotated[
+        bool | None,
         typer.Option(
-            "--model",
-            "-m",
-            help="A GGUF, a directory with a pair, or a checkpoint, which is converted once and kept. "
-            "Default: the built-in model, which knows coloured shapes only.",
+            "--stream/--no-stream", help="Print the answer as it comes. Default: on a terminal.", show_default=False
         ),
     ] = None,
-    mmproj: Annotated[Path | None, typer.Option(help="Tower and projector, if not beside the model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer with tokens and timings as JSON.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; higher varies more.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0 for all.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option(help="Above 1, makes recent tokens less likely.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed for a temperature above 0.")] = 0,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    n_ctx: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: F32, F16 or Q8_0.")] = "F16",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    gpu_layers: Annotated[int, typer.Option(help="Layers to put on the GPU, if there is one; -1 for all.")] = -1,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Ask a question about pictures."""
-    from local_llava import hub
-    from local_llava.types import Options
-
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "seed": seed,
-        "system": system,
-    }
-    Options(**options)  # refuses bad values before anything is loaded
     *images, question = inputs
-    if not images and Path(question).is_file():
-        raise UsageError(f"{question} is a file: a question must follow the pictures")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads must be 1 or more, not {threads}")
-    if model is None:
-        console.note("No --model was named: the built-in tiny-llava answers. It knows coloured shapes, nothing else.")
-    from local_llava.engine import Llava
+    if as_json and stream:
+        raise UsageError("--json prints the whole answer at once; leave out --stream")
+    if options["logprobs"] is not None and not as_json:
+        raise UsageError("--logprobs are reported with --json only")
+    _refuse_picture(question)
     from local_llava.images import load_image
 
     pictures = [load_image(image) for image in images]
-    with console.ConvertProgress() as convert_progress:
-        files = hub.resolve(model, mmproj, on_convert=convert_progress.start)
+    with loaded(model, mmproj, options) as llava:
+        if as_json or not (sys.stdout.isatty() if stream is None else stream):
+            with console.PrefillProgress() as prefill:
+                reply = llava.ask(question, pictures, on_prefill=prefill.update)
+            print(json.dumps(_as_json(reply), ensure_ascii=False) if as_json else reply.text)
+        else:
+            _stream(llava, question, pictures)
+
+
+def _refuse_picture(question: str) -> None:
+    """A question that is a picture means that the question was forgotten."""
+    is_file = len(question) < 1024 and "\0" not in question and Path(question).is_file()
+    if is_file or question == "-" or question.startswith(("http://", "https://", "data:image/", "clipboard:")):
+        kind = "a file" if is_file else "a picture"
+        raise UsageError(f"{question[:80]} is {kind}: a question must follow the pictures")
+
+
+def _stream(llava: Llava, question: str, pictures: list[Any]) -> None:
     with (
-        Llava.load(
-            files.model,
-            files.mmproj,
-            n_ctx=n_ctx,
-            kv_type=cast("KVType", kv_type),  # load checks it
-            n_threads=threads,
-            n_gpu_layers=gpu_layers,
-        ) as llava,
         console.PrefillProgress() as prefill,
+        closing(llava.stream(question, pictures, on_prefill=prefill.update)) as chunks,
     ):
-        reply = llava.ask(question, images=pictures, on_prefill=prefill.update, **options)
-    print(json.dumps(_as_json(reply), ensure_ascii=False) if as_json else reply.text)
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+    print()
 
 
 def _as_json(reply: Reply) -> dict[str, object]:
@@ -92,4 +84,5 @@ def _as_json(reply: Reply) -> dict[str, object]:
     timings = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(reply.timings).items()}
     timings["prefill_tokens_per_s"] = round(reply.timings.prefill_tokens_per_s, 2)
     timings["decode_tokens_per_s"] = round(reply.timings.decode_tokens_per_s, 2)
-    return {**asdict(reply), "timings": timings}
+    fields = {k: v for k, v in asdict(reply).items() if v is not None or k not in ("logprobs", "parsed")}
+    return {**fields, "timings": timings}

@@ -1,0 +1,115 @@
+"""An answer as it grows: sampling, stop texts, logprobs, and the end.
+
+Knows the language model's logits and vocabulary. Does not know how the prompt came into the context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from local_llava.constraint import Constraint
+from local_llava.llm import LLM
+from local_llava.text import AnswerText
+from local_llava.types import Chunk, FinishReason, Options, Reply, Timings, TokenLogprob
+
+
+class Answer:
+    """An answer after a prompt that is in the context.
+
+    Attributes:
+        n_sampled: Tokens sampled so far, the end of turn included.
+    """
+
+    def __init__(self, llm: LLM, options: Options, constraint: Constraint | None) -> None:
+        self._llm, self._options, self._constraint = llm, options, constraint
+        self._text = AnswerText(options.stop)
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._reason: FinishReason = "length"
+        self.n_sampled = 0
+
+    def sample(self, append: Callable[[int], None]) -> Iterator[Chunk]:
+        """Sample until the turn ends or a limit is reached.
+
+        Args:
+            append: Evaluates a token after those in the context.
+        """
+        sampler = self._llm.sampler(self._options)
+        try:
+            while True:
+                remaining = min(self._options.max_tokens - len(self._tokens), self._llm.n_ctx - self._llm.n_past + 1)
+                logits = self._llm.logits()
+                logprobs = None if self._options.logprobs is None else _log_softmax(logits)
+                if self._constraint is not None:
+                    self._constraint.apply(logits, remaining)
+                token = sampler.sample()
+                if logits[token] == -np.inf:  # by rounding, the last of the candidates may be one that is not allowed
+                    token = int(logits.argmax())
+                self.n_sampled += 1
+                if self._llm.ends_turn(token):
+                    self._reason = "stop"
+                    return
+                if self._constraint is not None:
+                    self._constraint.accept(token)
+                yield self._take(token, logprobs)
+                if self._text.stopped:
+                    self._reason = "stop"
+                    return
+                if remaining <= 1:
+                    return
+                append(token)
+        finally:
+            sampler.close()
+
+    def last(self, timings: Timings) -> Chunk:
+        """The rest of the text, with the whole answer."""
+        rest = self._text.finish()
+        text = "".join([*self._pieces, rest])
+        complete = self._constraint is not None and self._constraint.finished and not self._text.stopped
+        reply = Reply(
+            text,
+            tuple(self._tokens),
+            "stop" if complete else self._reason,
+            timings,
+            None if self._options.logprobs is None else tuple(self._logprobs),
+            _parse(text, self._options.json_schema) if complete else None,
+        )
+        return Chunk(rest, reply=reply)
+
+    def _take(self, token: int, logprobs: NDArray[np.float32] | None) -> Chunk:
+        self._tokens.append(token)
+        text = self._text.push(self._llm.piece(token))
+        self._pieces.append(text)
+        if logprobs is None:
+            return Chunk(text, (token,))
+        self._logprobs.append(self._report(token, logprobs))
+        return Chunk(text, (token,), (self._logprobs[-1],))
+
+    def _report(self, token: int, logprobs: NDArray[np.float32]) -> TokenLogprob:
+        n = min(self._options.logprobs or 0, len(logprobs))
+        likeliest = np.argpartition(-logprobs, n - 1)[:n] if n else np.empty(0, np.int64)
+        likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
+        top = tuple((i, self._shown(i), float(logprobs[i])) for i in likeliest.tolist())
+        return TokenLogprob(token, self._shown(token), float(logprobs[token]), top)
+
+    def _shown(self, token: int) -> str:
+        return self._llm.piece(token, special=True).decode("utf-8", "replace")
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = logits - logits.max()
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted, dtype=np.float64).sum()).astype(np.float32)
+    return result
+
+
+def _parse(text: str, schema: Any) -> Any:
+    """The value of a complete JSON answer; an instance where the schema was given as a pydantic model."""
+    if isinstance(schema, type) and hasattr(schema, "model_validate_json"):
+        return schema.model_validate_json(text)
+    return json.loads(text)

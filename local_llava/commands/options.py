@@ -1,0 +1,124 @@
+"""What the commands that ask a model have in common: its files, and a flag for each field of `Options`.
+
+The defaults are those of `Options`; nothing here repeats them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from local_llava.commands import console
+from local_llava.errors import UsageError
+from local_llava.types import Options
+
+if TYPE_CHECKING:
+    from local_llava.engine import Llava
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A GGUF, a directory with a pair, or a checkpoint, which is converted once and kept. "
+        "Default: the built-in model, which knows coloured shapes only.",
+    ),
+]
+MmprojOption = Annotated[Path | None, typer.Option(help="Tower and projector, if not beside the model.")]
+
+_FLAGS: dict[str, tuple[Any, str, str]] = {
+    # field of Options: type, flag, help
+    "max_tokens": (int, "--max-tokens", "Most tokens to generate."),
+    "temperature": (float, "--temperature", "0 takes the most likely token; higher varies more."),
+    "top_k": (int, "--top-k", "Sample among so many of the likeliest tokens; 0 for all."),
+    "top_p": (float, "--top-p", "Sample among the likeliest tokens of this total probability."),
+    "min_p": (float, "--min-p", "Drop tokens below this share of the likeliest's probability."),
+    "repeat_penalty": (float, "--repeat-penalty", "Above 1, makes recent tokens less likely."),
+    "seed": (int, "--seed", "Seed for a temperature above 0."),
+    "stop": (list[str], "--stop", "A text that ends the answer; may be given several times."),
+    "system": (str | None, "--system", "System prompt."),
+    "json_schema": (Path | None, "--schema", "File with a JSON schema that the answer must follow."),
+    "preprocess": (str, "--preprocess", "What the model sees: pad (all), crop (the middle), or checkpoint."),
+    "n_ctx": (int | None, "--n-ctx", "Context length in tokens. Default: what model and memory allow, up to 8192."),
+    "kv_type": (str, "--kv-type", "Type of the KV cache: F32, F16 or Q8_0."),
+    "n_gpu_layers": (int, "--gpu-layers", "Layers to put on the GPU, if there is one; -1 for all."),
+    "n_threads": (int | None, "--threads", "CPU threads. Default: all."),
+    "logprobs": (int | None, "--logprobs", "With --json: also report so many of the likeliest tokens at each step."),
+}
+
+
+def takes_options(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of `_FLAGS`; it gets their values as the keyword `options`.
+
+    Args:
+        without: Fields that the command has no flag for.
+    """
+    flags = {name: flag for name, flag in _FLAGS.items() if name not in without}
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            function(**{name: v for name, v in values.items() if name not in flags}, options=_checked(values, flags))
+
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "options"]
+        for name, (kind, flag, text) in flags.items():
+            default = getattr(Options(), name)
+            shown: Any = Annotated[kind, typer.Option(flag, help=text, show_default=default not in (None, ()))]
+            default = [] if default == () else default
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown)
+            )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _checked(values: dict[str, Any], flags: dict[str, tuple[Any, str, str]]) -> dict[str, Any]:
+    """The options, refused here if they cannot be: before anything is loaded."""
+    options = {name: values[name] for name in flags}
+    if options.get("json_schema") is not None:
+        options["json_schema"] = _read_schema(options["json_schema"])
+    try:
+        Options(**options)
+    except UsageError as e:
+        # The message begins with the field's name; the user knows the flag's.
+        name, _, rest = str(e).partition(" ")
+        raise UsageError(f"{_FLAGS[name][1]} {rest}" if name in _FLAGS else str(e)) from None
+    return options
+
+
+def _read_schema(path: Path) -> str:
+    from local_llava.json_schema import compile_schema
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"{path}: cannot be read: {reason}; a file with a JSON schema is wanted") from e
+    try:
+        return compile_schema(text)
+    except UsageError as e:
+        raise UsageError(f"{path}: {e}") from e
+
+
+@contextmanager
+def loaded(model: Path | None, mmproj: Path | None, options: dict[str, Any]) -> Iterator[Llava]:
+    """The model that the user named, ready to be asked."""
+    from local_llava import hub
+    from local_llava.engine import Llava
+
+    if model is None:
+        console.note("No --model was named: the built-in tiny-llava answers. It knows coloured shapes, nothing else.")
+    with console.ConvertProgress() as progress:
+        files = hub.resolve(model, mmproj, on_convert=progress.start)
+    with Llava.load(files.model, files.mmproj, **options) as llava:
+        yield llava
