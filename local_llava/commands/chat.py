@@ -35,7 +35,7 @@ _HISTORY_LINES = 1000
 @takes_options("logprobs", "json_schema")
 def chat(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures to begin with.", show_default=False)
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to begin with.", show_default=False)
     ] = None,
     model: ModelOption = None,
     mmproj: MmprojOption = None,

@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from local_llava.commands import console
 from local_llava.errors import UsageError
-from local_llava.types import Options
+from local_llava.types import KVType, Options, PreprocessChoice
 
 if TYPE_CHECKING:
     from local_llava.engine import Llava
@@ -53,6 +53,10 @@ _FLAGS: dict[str, tuple[Any, str, str]] = {
 }
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {"kv_type": get_args(KVType), "preprocess": get_args(PreprocessChoice)}
+"""What shells complete the values of a flag with."""
+
+
 def takes_options(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of `_FLAGS`; it gets their values as the keyword `options`.
 
@@ -70,7 +74,15 @@ def takes_options(*without: str) -> Callable[[Callable[..., None]], Callable[...
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "options"]
         for name, (kind, flag, text) in flags.items():
             default = getattr(Options(), name)
-            shown: Any = Annotated[kind, typer.Option(flag, help=text, show_default=default not in (None, ()))]
+            shown: Any = Annotated[
+                kind,
+                typer.Option(
+                    flag,
+                    help=text,
+                    show_default=default not in (None, ()),
+                    autocompletion=_completer(_CHOICES.get(name)),
+                ),
+            ]
             default = [] if default == () else default
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown)
@@ -80,6 +92,12 @@ def takes_options(*without: str) -> Callable[[Callable[..., None]], Callable[...
         return command
 
     return decorate
+
+
+def _completer(choices: tuple[str, ...] | None) -> Callable[[str], list[str]] | None:
+    if choices is None:
+        return None
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
 
 
 def _checked(values: dict[str, Any], flags: dict[str, tuple[Any, str, str]]) -> dict[str, Any]:

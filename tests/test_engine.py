@@ -1,0 +1,303 @@
+"""The Python API on tiny-llava: chat, streams, event loops, options, reuse, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llava_checkpoints import TINY, random_model, save
+from PIL import Image
+
+from local_llava import EngineError, Llava, Message, Options, PromptError, UsageError, memory
+from local_llava.convert import convert
+from local_llava.gguf_file import GGUFFile
+from local_llava.llm_file import check_llm
+from local_llava.types import ModelFiles
+
+QUESTION = "What do you see?"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return convert(TINY, tmp_path_factory.mktemp("pair"), quant="F32", mmproj_quant="F32")
+
+
+@pytest.fixture(scope="module")
+def llava(files: ModelFiles) -> Iterator[Llava]:
+    with Llava.load(files.model, files.mmproj, kv_type="F32", n_threads=1) as llava:
+        yield llava
+
+
+@pytest.fixture(scope="module")
+def scene() -> Image.Image:
+    return picture(3)
+
+
+def picture(seed: int) -> Image.Image:
+    import scenes
+
+    scene, _ = next(scenes.sample_scenes(seed, held_out=True))
+    return scenes.draw(scene)
+
+
+def test_stream_gives_the_answer_piece_by_piece(llava: Llava, scene: Image.Image) -> None:
+    reply = llava.ask(QUESTION, scene)
+    chunks = list(llava.stream(QUESTION, scene))
+    assert "".join(c.text for c in chunks) == reply.text and reply.finish_reason == "stop"
+    assert tuple(t for c in chunks for t in c.tokens) == reply.tokens
+    assert [c.reply is None for c in chunks] == [True] * (len(chunks) - 1) + [False]
+    last = chunks[-1].reply
+    assert last is not None and last.text == reply.text and last.tokens == reply.tokens
+
+
+def test_closing_a_stream_stops_the_work(llava: Llava, scene: Image.Image) -> None:
+    whole = llava.ask(QUESTION, scene)
+    stream = llava.stream(QUESTION, scene)
+    first = next(stream)
+    stream.close()
+    again = llava.ask(QUESTION, scene)
+    assert again.text == whole.text and whole.text.startswith(first.text)
+
+
+def test_a_question_while_a_stream_is_open(llava: Llava, scene: Image.Image) -> None:
+    stream = llava.stream(QUESTION, scene)
+    start = next(stream)
+    inner = llava.ask(QUESTION, picture(8))
+    rest = start.text + "".join(c.text for c in stream)
+    assert rest == llava.ask(QUESTION, scene).text != inner.text
+
+
+def test_event_loops(llava: Llava, scene: Image.Image) -> None:
+    pictures = [scene, picture(8), picture(9)]
+    expected = [llava.ask(QUESTION, p).text for p in pictures]
+
+    async def main() -> None:
+        replies = await asyncio.gather(*(llava.aask(QUESTION, p) for p in pictures))
+        assert [r.text for r in replies] == expected
+        async with aclosing(llava.astream(QUESTION, scene)) as chunks:
+            async for chunk in chunks:
+                assert expected[0].startswith(chunk.text)
+                break
+        task = asyncio.create_task(llava.aask(QUESTION, scene, max_tokens=200))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        chat = await llava.achat([{"role": "user", "content": QUESTION}], scene)
+        assert chat.text == expected[0]
+        with pytest.raises(UsageError):
+            await llava.aask(QUESTION, scene, seed=-1)
+
+    asyncio.run(main())
+
+
+def test_a_chat_computes_only_what_is_new(llava: Llava, scene: Image.Image) -> None:
+    llava.ask("Something else.", picture(12))
+    first = llava.ask(QUESTION, scene)
+    assert first.timings.images_encoded <= 1
+    turns = [
+        Message("user", QUESTION, (scene,)),
+        Message("assistant", first.text),
+        Message("user", "Is there a circle?"),
+    ]
+    second = llava.chat(turns)
+    t = second.timings
+    assert t.images_encoded == 0
+    # Everything but the end of the first answer's turn, and the second question.
+    assert t.reused_tokens >= first.timings.prompt_tokens + len(first.tokens) - 1
+    assert t.prompt_tokens > t.reused_tokens
+    with Llava.load(llava.files.model, llava.files.mmproj, kv_type="F32", n_threads=1) as fresh:
+        alone = fresh.chat(turns)
+        assert alone.timings.reused_tokens == 0 and alone.timings.images_encoded == 1
+        assert alone.text == second.text and alone.tokens == second.tokens
+
+
+def test_another_picture_is_never_taken_for_the_first(llava: Llava, scene: Image.Image) -> None:
+    other = picture(8)
+    a, b = llava.ask(QUESTION, scene), llava.ask(QUESTION, other)
+    assert b.timings.reused_tokens < a.timings.prompt_tokens - a.timings.image_tokens
+    assert a.text != b.text
+    again = llava.ask(QUESTION, scene)
+    assert again.text == a.text and again.timings.images_encoded == 0, "known, though not in the context any more"
+
+
+def test_more_pictures_than_are_kept(files: ModelFiles) -> None:
+    with Llava.load(files.model, files.mmproj, n_threads=1) as llava:
+        reply = llava.ask(QUESTION, [picture(i) for i in range(10, 20)])
+        assert reply.timings.images_encoded == 10
+
+
+def test_logprobs_are_those_of_the_model(llava: Llava, scene: Image.Image) -> None:
+    logits = llava.logits(QUESTION, scene).astype(np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    reply = llava.ask(QUESTION, scene, logprobs=3, temperature=2.0, top_k=5, repeat_penalty=1.3, seed=4)
+    assert reply.logprobs is not None and len(reply.logprobs) == len(reply.tokens)
+    first = reply.logprobs[0]
+    assert abs(first.logprob - expected[first.token]) < 1e-3
+    assert [i for i, _, _ in first.top] == np.argsort(-expected)[:3].tolist()
+    assert llava.ask(QUESTION, scene, logprobs=0).logprobs[0].top == ()  # type: ignore[index]
+    assert "".join(t.text for t in reply.logprobs) == reply.text
+
+
+def test_every_option_of_sampling_acts(llava: Llava, scene: Image.Image) -> None:
+    """At a temperature so high that the model's own preference hardly counts."""
+    hot: dict[str, Any] = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 40}
+
+    def tokens(**options: Any) -> tuple[int, ...]:
+        return llava.ask(QUESTION, scene, **{**hot, **options}).tokens
+
+    greedy = llava.ask(QUESTION, scene, max_tokens=40).tokens
+    free = tokens(seed=1)
+    assert free != greedy and tokens(seed=1) == free != tokens(seed=2)
+    for narrow in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 0.001}):
+        assert tokens(seed=1, **narrow) == greedy
+    # " a" comes three times in the greedy answer, which a penalty that strong cannot leave so.
+    assert len(greedy) > len(set(greedy))
+    once = llava.ask(QUESTION, scene, max_tokens=12, repeat_penalty=100.0).tokens
+    assert len(once) == len(set(once))
+
+
+def test_stop_texts(llava: Llava, scene: Image.Image) -> None:
+    whole = llava.ask(QUESTION, scene).text
+    middle = whole[5:9]
+    reply = llava.ask(QUESTION, scene, stop=[middle, "never"])
+    assert reply.text == whole[: whole.index(middle)] and reply.finish_reason == "stop"
+    assert llava.ask(QUESTION, scene, stop="never").text == whole
+
+
+def test_limits_of_the_answer(llava: Llava, scene: Image.Image) -> None:
+    reply = llava.ask(QUESTION, scene, max_tokens=2)
+    assert len(reply.tokens) == 2 and reply.finish_reason == "length"
+
+
+def test_the_context_is_used_to_its_end(files: ModelFiles) -> None:
+    with Llava.load(files.model, files.mmproj, n_ctx=24, n_threads=1) as llava:
+        n_prompt = len(llava.prompt_tokens("a b"))
+        # Control tokens only end an answer where a turn may end, so that it runs on.
+        reply = llava.ask("a b", temperature=100.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+        assert reply.finish_reason in ("length", "stop")
+        if reply.finish_reason == "length":
+            assert n_prompt + len(reply.tokens) == 25, "the last one need not be evaluated"
+        with pytest.raises(PromptError, match=r"the prompt has \d+ tokens, the context 24"):
+            llava.ask("a b c d e f g h i j k l m n o p q r s t")
+
+
+def test_preprocessing_is_chosen_for_an_answer(llava: Llava, scene: Image.Image) -> None:
+    wide = Image.new("RGB", (scene.width * 3, scene.height), "white")
+    wide.paste(scene, (0, 0))
+    crop, pad = (llava.ask(QUESTION, wide, preprocess=p) for p in ("crop", "pad"))
+    assert crop.text != pad.text
+    assert llava.ask(QUESTION, wide).text == llava.ask(QUESTION, wide, preprocess="checkpoint").text
+
+
+def test_defaults_come_from_loading(files: ModelFiles, scene: Image.Image) -> None:
+    with Llava.load(files.model, files.mmproj, max_tokens=3, system="Be brief.", n_threads=1) as llava:
+        assert len(llava.ask(QUESTION, scene).tokens) == 3
+        assert len(llava.ask(QUESTION, scene, max_tokens=4).tokens) == 4
+        assert llava.options == Options(max_tokens=3, system="Be brief.", n_threads=1)
+    with pytest.raises(UsageError, match="the model is closed"):
+        llava.ask(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"colour": 1}, "no option is called 'colour'; there are flash_attention, json_schema"),
+        ({"n_ctx": 64}, "n_ctx is settled when the model is loaded"),
+        ({"temperature": -1}, "temperature must be 0 to 100, not -1"),
+        ({"temperature": float("nan")}, "temperature must be 0 to 100, not nan"),
+        ({"top_k": 1.5}, "top_k must be a whole number, not 1.5"),
+        ({"max_tokens": True}, "max_tokens must be a whole number, not True"),
+        ({"stop": ["a", ""]}, "stop must be texts that are not empty"),
+        ({"stop": 5}, "stop must be"),
+        ({"system": 5}, "system must be text, not int"),
+        ({"logprobs": 21}, "logprobs must be 0 to 20, not 21"),
+        ({"preprocess": "stretch"}, "preprocess must be one of checkpoint, pad, crop, not 'stretch'"),
+    ],
+)
+def test_bad_options(llava: Llava, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        llava.ask(QUESTION, **options)
+    assert message in str(error.value)
+
+
+def test_several_pictures_are_warned_of_once(files: ModelFiles, caplog: pytest.LogCaptureFixture) -> None:
+    with Llava.load(files.model, files.mmproj, n_threads=1) as llava:
+        for _ in range(2):
+            llava.ask(QUESTION, [picture(1), picture(2)], max_tokens=1)
+    assert [r.message for r in caplog.records if "trained on one" in r.message] == [
+        "2 pictures in one conversation: LLaVA was trained on one, and may mix them up"
+    ]
+
+
+# --- memory ---
+
+
+def test_the_estimate_covers_what_llama_cpp_takes(tmp_path: Path) -> None:
+    """Resident memory of a process that loads and asks, beyond that of the same process without a model."""
+    text = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 8, "max_position_embeddings": 8192}
+    checkpoint = save(random_model(text), tmp_path / "checkpoint")
+    files = convert(checkpoint, tmp_path / "out", quant="F16")
+    script = (
+        "import sys, psutil, os\n"
+        "from local_llava import Llava, memory, engine, llm\n"
+        "from PIL import Image\n"
+        "me = psutil.Process()\n"
+        "before = me.memory_info().rss\n"
+        "with Llava.load(sys.argv[1], sys.argv[2], n_ctx=8192, n_threads=1) as llava:\n"
+        "    llava.ask('word ' * 3000, Image.new('RGB', (40, 30)), max_tokens=2)\n"
+        "    print(me.memory_info().rss - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(files.model), str(files.mmproj)], capture_output=True, text=True, check=True
+    )
+    taken = int(done.stdout)
+    config = check_llm(GGUFFile.open(files.model))
+    needed = memory.need(config, files, 1 << 20, 8192, Options())
+    assert taken <= needed.total <= 2 * taken, (taken, needed)
+
+
+def test_too_little_memory_is_told_with_the_numbers(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = check_llm(GGUFFile.open(files.model))
+    monkeypatch.setattr(memory, "available", lambda: 50_000_000)
+    with pytest.raises(EngineError) as error:
+        memory.choose_n_ctx(config, files, 0, Options())
+    message = str(error.value)
+    for part in ("needed for a context of 1024 tokens", "weights 0.0 GB", "KV cache", "0.1 GB are free"):
+        assert part in message
+
+
+def test_a_shorter_context_is_chosen_where_the_longest_does_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
+    files = convert(save(random_model({"max_position_embeddings": 100_000}), tmp_path / "checkpoint"), tmp_path / "out")
+    config = check_llm(GGUFFile.open(files.model))
+    totals = {n: memory.need(config, files, 0, n, Options()).total for n in (2048, 4096, 8192)}
+    for n_ctx, total in totals.items():
+        monkeypatch.setattr(memory, "available", lambda total=total: total)
+        assert memory.choose_n_ctx(config, files, 0, Options()) == n_ctx
+        with pytest.raises(EngineError, match="for a context of 100000 tokens"):
+            memory.choose_n_ctx(config, files, 0, Options(n_ctx=100_000))
+    with pytest.raises(UsageError, match="n_ctx must be 1 to 100000"):
+        memory.choose_n_ctx(config, files, 0, Options(n_ctx=100_001))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit")
+def test_a_limit_of_the_process_counts(files: ModelFiles) -> None:
+    command = f"ulimit -v 1500000; exec {sys.executable} -m local_llava.cli ask --model {files.model} --n-ctx 1024 hi"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ})
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1)
+    command = (
+        "ulimit -v 1500000; exec " + sys.executable + " -c 'from local_llava import memory; print(memory.available())'"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert 0 < json.loads(done.stdout) < 1_500_000 * 1024
