@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-USAGE, FAILURE = 2, 1
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def main() -> None:
@@ -36,12 +36,14 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes an exit of KeyboardInterrupt
+            _fail("interrupted", INTERRUPTED)
         _flush()
         sys.exit(code)
     except LocalLlavaError as e:
         _fail(str(e), USAGE if isinstance(e, UsageError) else FAILURE)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader went away, as `head` does. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +96,7 @@ def _options(
 app.command()(ask.ask)
 app.command()(chat.chat)
 app.command()(convert.convert)
+app.command()(convert.quantize)
 app.command()(inspect.inspect)
 
 
