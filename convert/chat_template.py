@@ -1,42 +1,31 @@
-"""Finds a checkpoint's chat template, and has one for Llama-3 checkpoints without.
+"""Finds a checkpoint's chat template, or the one that models of its kind were trained with.
 
 Knows the files that transformers keeps templates in. Does not render them (`local_llava.template` does).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from local_llava.convert.checkpoint import read_json
+from local_llava.default_chats import LLAMA3_CHAT, default_chat
 from local_llava.errors import CheckpointError
 from local_llava.types import MAX_CHAT_TEMPLATE
 
-LLAMA3_CHAT = """{{- bos_token -}}
-{%- for message in messages -%}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
-{%- endif -%}
-{{- '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
-"""
-"""XTuner's `llama3_chat`, with which its LLaVA was trained and whose checkpoints carry no template: pictures come
-before the text, as `<image>` and a newline. Content is a text or a list of parts of type image and text."""
+__all__ = ["LLAMA3_CHAT", "read_chat_template"]
 
-_LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+logger = logging.getLogger("local_llava")
 
 
-def read_chat_template(directory: Path, tokens: Collection[str]) -> str:
-    """The template that the checkpoint's processor uses; else its tokenizer's; else Llama 3's where it has its tokens.
+def read_chat_template(directory: Path, model: str, tokens: Collection[str]) -> str:
+    """The template that the checkpoint's processor uses; else its tokenizer's; else its kind's, shown by its tokens.
 
     Args:
         directory: Of the checkpoint.
+        model: Kind of the vocabulary as GGUF names it.
         tokens: The tokenizer's added tokens.
 
     Raises:
@@ -55,8 +44,10 @@ def read_chat_template(directory: Path, tokens: Collection[str]) -> str:
             template = _default_of(template)
         if template is not None:
             return _checked(path, template)
-    if all(token in tokens for token in _LLAMA3_TOKENS):
-        return LLAMA3_CHAT
+    default = default_chat(model, tokens)
+    if default is not None:
+        logger.info("%s: no chat template; the one that such models were trained with is taken", directory)
+        return default
     raise CheckpointError(f"{directory}: no chat template: put it into chat_template.jinja beside config.json")
 
 
@@ -77,8 +68,4 @@ def _checked(path: Path, template: Any) -> str:
         raise CheckpointError(
             f"{path}: chat_template has {len(template)} characters; at most {MAX_CHAT_TEMPLATE} are accepted"
         )
-    try:
-        template.encode()
-    except UnicodeEncodeError as e:
-        raise CheckpointError(f"{path}: chat_template is not valid Unicode text") from e
     return template

@@ -39,37 +39,37 @@ class Config:
     def integer(self, key: str, default: int | None, low: int, high: int) -> int:
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise CheckpointError(f"{self.name(key)} must be a whole number from {low} to {high}, not {value!r}")
+            raise CheckpointError(f"{self.name(key)} must be a whole number from {low} to {high}, not {value!a:.80}")
         return value
 
     def number(self, key: str, default: float | None, low: float, high: float) -> float:
         value = self._get(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-            raise CheckpointError(f"{self.name(key)} must be a number from {low:g} to {high:g}, not {value!r}")
+            raise CheckpointError(f"{self.name(key)} must be a number from {low:g} to {high:g}, not {value!a:.80}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.name(key)} must be true or false, not {value!r}")
+            raise CheckpointError(f"{self.name(key)} must be true or false, not {value!a:.80}")
         return value
 
     def choice(self, key: str, default: str | None, choices: Sequence[str]) -> str:
         value = self._get(key, default)
         if value not in choices:
-            raise CheckpointError(f"{self.name(key)} is {value!r}; supported: {', '.join(choices)}")
+            raise CheckpointError(f"{self.name(key)} is {value!a:.80}; supported: {', '.join(choices)}")
         return str(value)
 
     def numbers(self, key: str, default: Sequence[float], count: int) -> tuple[float, ...]:
         value = self._get(key, list(default))
         good = isinstance(value, list) and len(value) == count
         if not good or any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in value):
-            raise CheckpointError(f"{self.name(key)} must be a list of {count} numbers, not {value!r}")
+            raise CheckpointError(f"{self.name(key)} must be a list of {count} numbers, not {value!a:.80}")
         return tuple(float(v) for v in value)
 
     def sub(self, key: str) -> Config:
         """The object under `key`; an empty one where it is missing."""
         value = self._get(key, {})
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.name(key)} must be an object, not {value!r}")
+            raise CheckpointError(f"{self.name(key)} must be an object, not {value!a:.80}")
         return Config(self.path, value, f"{self.section}.{key}" if self.section else key)

@@ -27,7 +27,7 @@ class Answer:
 
     def __init__(self, llm: LLM, options: Options, constraint: Constraint | None) -> None:
         self._llm, self._options, self._constraint = llm, options, constraint
-        self._text = AnswerText(options.stop)
+        self._detokenizer, self._text = llm.detokenizer(), AnswerText(options.stop)
         self._tokens: list[int] = []
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -69,7 +69,7 @@ class Answer:
 
     def last(self, timings: Timings) -> Chunk:
         """The rest of the text, with the whole answer."""
-        rest = self._text.finish()
+        rest = self._text.push(self._detokenizer.finish()) + self._text.finish()
         text = "".join([*self._pieces, rest])
         complete = self._constraint is not None and self._constraint.finished and not self._text.stopped
         reply = Reply(
@@ -84,7 +84,7 @@ class Answer:
 
     def _take(self, token: int, logprobs: NDArray[np.float32] | None) -> Chunk:
         self._tokens.append(token)
-        text = self._text.push(self._llm.piece(token))
+        text = self._text.push(self._detokenizer.push(token))
         self._pieces.append(text)
         if logprobs is None:
             return Chunk(text, (token,))

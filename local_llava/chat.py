@@ -10,8 +10,8 @@ where the parts are made. The template thus sees the user's words as they are, a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from local_llava.errors import PromptError
@@ -20,6 +20,9 @@ from local_llava.types import Message
 
 IMAGE = "<image>"
 """What chat templates write where a picture goes."""
+
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+"""transformers' own tag around what a model says, for training; it prints its content."""
 
 _GUARDS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 """Noncharacters of Unicode, kept for uses such as this one."""
@@ -30,6 +33,8 @@ class Special:
     """A special token that the template wrote."""
 
     token: int
+    added: bool = field(default=False, compare=False)
+    """Whether it was put before the prompt, and not written by the template."""
 
 
 @dataclass(frozen=True)
@@ -56,69 +61,115 @@ class ChatFormat:
             eos: Token that ends one.
             add_bos: Whether a prompt begins with `bos` even where the template does not write it.
         """
-        self._template = template
+        self._template = _GENERATION.sub(lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], template)
+        self.image_token = specials.get(IMAGE)
+        """The token that stands for pictures, where the vocabulary has one."""
         self._specials = dict(specials)
         by_id = {token: text for text, token in specials.items()}
         self._variables = {"bos_token": by_id.get(bos, ""), "eos_token": by_id.get(eos, "")}
         self._bos = bos if add_bos else None
-        texts = sorted({*specials, IMAGE}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, filter(None, texts))))
+        # A single character cannot be broken by another.
+        texts = sorted((text for text in {*specials, IMAGE} if len(text) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts)))
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """The prompt of a conversation, up to where the assistant's next turn begins.
 
         Raises:
-            PromptError: The template fails, refuses the conversation, or has no place for its pictures.
+            PromptError: The template fails, refuses the conversation, leaves a message out, or has no place for its
+                pictures.
         """
         n_images = sum(len(m.images) for m in messages)
         texts = "".join(m.text for m in messages) + self._template
         free = [g for g in _GUARDS if g not in texts]
-        if len(free) < 2:
+        if len(free) < 3:
             raise PromptError("the conversation uses all of Unicode's noncharacters; leave some of them out")
-        guard, slot = free[:2]
-        split: re.Pattern[str] = re.compile(f"{self._special.pattern}|{slot}")
-        found: list[list[Part]] = []
-        # Templates of LLaVA take typed parts and write <image>; those of text models take strings.
-        for typed in (True, False):
+        guards = _Guards(*free[:3])
+        split = re.compile(f"{self._special.pattern}|{guards.slot}")
+        problem = PromptError(f"the model's chat template leaves no place for {n_images} picture(s)")
+        # Templates of LLaVA take typed parts and write <image>; those of text models take strings, a few both.
+        for typed in (_always, _with_images, _never) if n_images else (_always, _never):
             try:
-                rendered = self._render(messages, guard, slot, typed)
-            except PromptError:
-                if not typed or n_images == 0:
-                    raise
+                rendered = self._render(messages, guards, typed)
+            except PromptError as e:
+                problem = e
                 continue
-            found.append(self._cut(rendered, split, guard, slot))
-            if sum(isinstance(p, Slot) for p in found[-1]) == n_images:
-                return found[-1]
-        raise PromptError(f"the model's chat template leaves no place for {n_images} picture(s)")
+            parts = self._cut(rendered, split, guards)
+            if guards.repr in rendered or sum(isinstance(p, Slot) for p in parts) != n_images:
+                continue
+            missing = [m for m in messages if m.role != "assistant" and not self._says(rendered, m, guards)]
+            if not missing:
+                return parts
+            problem = PromptError(f"the model's chat template has no place for a {missing[0].role} message")
+        raise problem
 
-    def _render(self, messages: Sequence[Message], guard: str, slot: str, typed: bool) -> str:
-        def plain(text: str) -> str:
-            return self._special.sub(lambda m: m[0][0] + guard + m[0][1:], text)
+    def _says(self, rendered: str, message: Message, guards: _Guards) -> bool:
+        """Whether a prompt holds a message's text; templates may trim it."""
+        return self._plain(message.text, guards).strip() in rendered
 
+    def _plain(self, text: str, guards: _Guards) -> str:
+        """Text without special tokens."""
+        return self._special.sub(lambda m: m[0][0] + guards.inside + m[0][1:], text)
+
+    def _render(self, messages: Sequence[Message], guards: _Guards, typed: Callable[[Message], bool]) -> str:
         turns: list[dict[str, Any]] = []
         for m in messages:
-            text, content = plain(m.text), plain(m.text)
-            if m.images and typed:
-                turns.append(
-                    {"role": m.role, "content": [{"type": "image"}] * len(m.images) + [{"type": "text", "text": text}]}
-                )
-                continue
-            turns.append({"role": m.role, "content": f"{slot}\n" * len(m.images) + content})
+            text = self._plain(m.text, guards)
+            content: str | _Parts = f"{guards.slot}\n" * len(m.images) + text
+            if typed(m):
+                content = _Parts([{"type": "image"} for _ in m.images] + [{"type": "text", "text": text}])
+                content.shown = guards.repr
+            turns.append({"role": m.role, "content": content})
         return render(self._template, {"messages": turns, "add_generation_prompt": True, **self._variables})
 
-    def _cut(self, rendered: str, split: re.Pattern[str], guard: str, slot: str) -> list[Part]:
+    def _cut(self, rendered: str, split: re.Pattern[str], guards: _Guards) -> list[Part]:
         parts: list[Part] = []
         n_images = position = 0
         for match in split.finditer(rendered):
-            parts += rendered[position : match.start()].split(guard)
-            if match[0] in (IMAGE, slot):
+            parts += rendered[position : match.start()].split(guards.inside)
+            if match[0] in (IMAGE, guards.slot):
                 parts.append(Slot(n_images))
                 n_images += 1
             else:
                 parts.append(Special(self._specials[match[0]]))
             position = match.end()
-        parts += rendered[position:].split(guard)
+        parts += rendered[position:].split(guards.inside)
         parts = [p for p in parts if p != ""]
         if self._bos is not None and (not parts or parts[0] != Special(self._bos)):
-            parts.insert(0, Special(self._bos))
+            parts.insert(0, Special(self._bos, added=True))
         return parts
+
+
+@dataclass(frozen=True)
+class _Guards:
+    """Characters that neither a conversation nor its template uses."""
+
+    inside: str
+    """Breaks the text of special tokens in what was typed."""
+    slot: str
+    """Stands for a picture, in strings."""
+    repr: str
+    """What typed parts print as, where a template takes them for a string."""
+
+
+class _Parts(list[dict[str, str]]):
+    """Typed parts of a message, which a template has to go through: printed as a whole they show that it did not."""
+
+    shown = ""
+
+    def __str__(self) -> str:
+        return self.shown
+
+    __repr__ = __str__
+
+
+def _always(message: Message) -> bool:
+    return True
+
+
+def _with_images(message: Message) -> bool:
+    return bool(message.images)
+
+
+def _never(message: Message) -> bool:
+    return False

@@ -6,6 +6,7 @@ The one importer of llama_cpp, at the level of llama.h. Knows no chat format and
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -19,9 +20,12 @@ from numpy.typing import NDArray
 
 from local_llava import ggml
 from local_llava.constraint import Vocabulary
+from local_llava.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
 from local_llava.errors import EngineError, PromptError
 from local_llava.gguf_file import GGUFFile
 from local_llava.llm_file import LLMConfig, check_llm
+from local_llava.llm_vocab import CONTROL, UNKNOWN, USER_DEFINED, is_mark
+from local_llava.sentencepiece import SentencePiece, TextRun
 from local_llava.types import KVType, Options
 
 log = logging.getLogger("local_llava")
@@ -33,8 +37,6 @@ KV_TYPES: dict[KVType, int] = {"F32": 0, "F16": 1, "Q8_0": 8}
 
 PENALTY_WINDOW = 64
 """Tokens that the repeat penalty looks back on."""
-
-_CONTROL, _USER_DEFINED = 3, 4
 
 _last_error = ""
 
@@ -109,8 +111,19 @@ class LLM:
         """Free the memory; the model cannot be used after."""
         self._stack.close()
 
-    def tokenize(self, text: str) -> list[int]:
+    @functools.cached_property
+    def _sentencepiece(self) -> SentencePiece | None:
+        """The tokenizer of a vocabulary of that kind; made when first needed, in a tenth of a second."""
+        vocab = self.config.vocab
+        return SentencePiece.from_gguf(self.gguf, vocab) if vocab.model == "llama" else None
+
+    def tokenize(self, run: TextRun) -> list[int]:
         """Tokens of plain text: nothing in it becomes a control token."""
+        if self._sentencepiece is not None:
+            return self._sentencepiece.encode(run)
+        return [token for piece in run.pieces for token in self._tokenize(piece)]
+
+    def _tokenize(self, text: str) -> list[int]:
         raw = text.encode()
         room = len(raw) + 8
         tokens = (c.llama_token * room)()
@@ -118,6 +131,13 @@ class LLM:
         if n < 0:
             raise PromptError(f"text of {len(raw)} bytes cannot be tokenized")
         return list(tokens[:n])
+
+    def detokenizer(self) -> Detokenizer:
+        """A new one, for one text."""
+        if self.config.vocab.model != "llama":
+            return ByteLevelDetokenizer(self.piece)
+        tokens, types = (self.gguf.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+        return SentencePieceDetokenizer(tokens, types, self.config.vocab.strip_space)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The text of a token; of control tokens only if `special`."""
@@ -195,18 +215,18 @@ class LLM:
 
     def sampler(self, options: Options) -> Sampler:
         """A new sampler for this model."""
-        return Sampler(self._context, options)
+        return Sampler(self._context, options, self.config.n_vocab)
 
 
 class Sampler:
     """llama.cpp's chain of samplers: takes the next token from the context's logits without copying them."""
 
-    def __init__(self, context: int, options: Options) -> None:
+    def __init__(self, context: int, options: Options, n_vocab: int) -> None:
         self._context = context
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         stages = []
         if options.repeat_penalty != 1:
-            stages.append(c.llama_sampler_init_penalties(PENALTY_WINDOW, options.repeat_penalty, 0.0, 0.0))
+            stages.append(c.llama_sampler_init_penalties(n_vocab, PENALTY_WINDOW, options.repeat_penalty, 0.0, 0.0))
         if options.temperature == 0:
             stages.append(c.llama_sampler_init_greedy())
         else:
@@ -285,11 +305,7 @@ def _specials(gguf: GGUFFile) -> dict[str, int]:
     types = gguf.metadata.get("tokenizer.ggml.token_type")
     if types is None:
         return {}
-    marks = np.flatnonzero(np.isin(np.asarray(types), (_CONTROL, _USER_DEFINED)))
+    marks = np.flatnonzero(np.isin(np.asarray(types), (CONTROL, UNKNOWN, USER_DEFINED)))
     tokens = gguf.metadata["tokenizer.ggml.tokens"]
     found = {tokens[i]: int(i) for i in marks.tolist()}
-    return {
-        text: i
-        for text, i in found.items()
-        if types[i] == _CONTROL or (text[:1] + text[-1:] in ("<>", "[]") and len(text) > 2)
-    }
+    return {text: i for text, i in found.items() if types[i] != USER_DEFINED or is_mark(text)}

@@ -2,14 +2,17 @@
 
 Knows what `llama_vocab::impl::load` and the tokenizers behind it assume (src/llama-vocab.cpp of llama.cpp in
 llama-cpp-python 0.3.36): it aborts on repeated tokens, and on text for which a SentencePiece vocabulary has no byte; it
-goes on with wrong ids, a guessed pre-tokenizer or dropped text in other cases. Does not know the model's tensors.
+goes on with wrong ids, a guessed pre-tokenizer or dropped text in other cases. Knows our own keys as well, which say
+what GGUF has no key for. Does not know the model's tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from local_llava.default_chats import default_chat
 from local_llava.errors import ModelFileError
 from local_llava.gguf_file import GGUFFile
 
@@ -35,8 +38,24 @@ _TYPES = {
 }
 """Optional entries: llama.cpp refuses to load a file in which one has another type."""
 
-_CONTROL, _BYTE = 3, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Of llama.cpp's `llama_token_type`."""
+
+SPACE_PREFIXES = ("prepend", "replace", "always", "first", "never")
+"""Where a SentencePiece tokenizer puts a space before text, in the tokenizers library's words. By the normalizer
+Prepend before each text between added tokens, or by Replace alone before none; or by the pre-tokenizer Metaspace, which
+adds none where there is one, before each such text, before the one that begins the prompt, or before none."""
+
+SPACE_PREFIX_KEY = "local_llava.tokenizer.space_prefix"
+STRIP_SPACE_KEY = "local_llava.tokenizer.strip_space"
+LSTRIP_KEY = "local_llava.tokenizer.lstrip_tokens"
+RSTRIP_KEY = "local_llava.tokenizer.rstrip_tokens"
+NORMALIZED_KEY = "local_llava.tokenizer.normalized_tokens"
+"""Of a SentencePiece vocabulary: one of `SPACE_PREFIXES`; whether an answer loses the space that it begins with; ids of
+tokens that swallow white space before or after them, and of those that are looked for in text with its prefix.
+Files of other tools lack them."""
+
+_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,17 @@ class Vocab:
     """End of a chat's turn, where the vocabulary has one."""
     add_bos: bool
     chat_template: str | None
+    """The file's, or the one that models of its kind were trained with."""
+    space_prefix: str = "never"
+    """Of SentencePiece: one of `SPACE_PREFIXES`."""
+    strip_space: bool = False
+    """Whether an answer loses the space that it begins with."""
+    lstrip: frozenset[int] = frozenset()
+    """Tokens that swallow the white space before them."""
+    rstrip: frozenset[int] = frozenset()
+    """Tokens that swallow the white space after them."""
+    normalized: frozenset[int] = frozenset()
+    """User-defined tokens that are looked for in text with its prefix, after all others."""
     overrides: Mapping[str, str | int] = field(default_factory=dict)
     """Metadata to give llama.cpp in place of what the file lacks (`kv_overrides`)."""
 
@@ -74,14 +104,15 @@ def check_vocab(gguf: GGUFFile) -> Vocab:
     tokens = checks.tokens()
     checks.token_types(tokens)
     checks.scores(len(tokens), required=model == "llama")
+    checks.merges(required=model == "gpt2")
     if model == "gpt2":
-        checks.merges()
         checks.bytes_of_bpe(tokens)
     else:
         checks.bytes_of_sentencepiece(tokens)
     checks.name(tokens)
     overrides: dict[str, str | int] = checks.pre_tokenizer(tokens) if model == "gpt2" else {}
     ids = checks.special_ids(len(tokens))
+    bos, eos = ids["tokenizer.ggml.bos_token_id"], ids["tokenizer.ggml.eos_token_id"]
     eot = ids.get("tokenizer.ggml.eot_token_id")
     if eot is None:
         # Files of before mid-2024 name no end of turn; without it the model never stops talking.
@@ -91,13 +122,28 @@ def check_vocab(gguf: GGUFFile) -> Vocab:
     return Vocab(
         n_vocab=len(tokens),
         model=model,
-        bos=ids["tokenizer.ggml.bos_token_id"],
-        eos=ids["tokenizer.ggml.eos_token_id"],
+        bos=bos,
+        eos=eos,
         eot=eot,
         add_bos=gguf.metadata.get("tokenizer.ggml.add_bos_token", True),
-        chat_template=gguf.metadata.get("tokenizer.chat_template"),
+        chat_template=gguf.metadata.get("tokenizer.chat_template", default_chat(model, tokens)),
+        space_prefix=checks.space_prefix(),
+        strip_space=gguf.metadata.get(STRIP_SPACE_KEY, adds_space(checks.space_prefix())),
+        lstrip=checks.token_set(LSTRIP_KEY, len(tokens)),
+        rstrip=checks.token_set(RSTRIP_KEY, len(tokens)) or checks.rstrip_of_phi3(tokens),
+        normalized=checks.token_set(NORMALIZED_KEY, len(tokens)),
         overrides=overrides,
     )
+
+
+def adds_space(space_prefix: str) -> bool:
+    """Whether one of `SPACE_PREFIXES` puts a space anywhere."""
+    return space_prefix not in ("replace", "never")
+
+
+def is_mark(text: str) -> bool:
+    """Whether a user-defined token looks like one that only a chat template may write; some are runs of spaces."""
+    return text[:1] + text[-1:] in ("<>", "[]") and len(text) > 2
 
 
 class _Checks:
@@ -141,17 +187,17 @@ class _Checks:
         kinds: list[int] = self.metadata[key]
         if len(kinds) != len(tokens):
             raise self.error(key, f"has {len(kinds)} items for {len(tokens)} tokens")
-        if min(kinds) < 0 or max(kinds) > _BYTE:
+        if min(kinds) < 0 or max(kinds) > BYTE:
             raise self.error(key, f"has the value {min(kinds) if min(kinds) < 0 else max(kinds)}; 0 to 6 are known")
         for i, kind in enumerate(kinds):
-            text = self.metadata["tokenizer.ggml.tokens"][i] if kind == _BYTE else ""
-            if kind == _BYTE and text not in _BYTE_TOKENS:
+            text = self.metadata["tokenizer.ggml.tokens"][i] if kind == BYTE else ""
+            if kind == BYTE and text not in BYTE_TOKENS:
                 raise self.error(key, f"calls token {i}, {text[:40]!a}, a byte; bytes are <0x00> to <0xFF>")
 
-    def merges(self) -> None:
+    def merges(self, required: bool) -> None:
         key = "tokenizer.ggml.merges"
-        self.typed(key, "arr[str]", required=True)
-        for i, merge in enumerate(self.metadata[key]):
+        self.typed(key, "arr[str]", required)
+        for i, merge in enumerate(self.metadata.get(key, ())):
             left, space, right = merge.partition(" ")
             if not (left and space and right) or "\0" in merge:
                 raise self.error(
@@ -164,6 +210,8 @@ class _Checks:
         self.typed(key, kind, required)
         if key in self.metadata and len(self.metadata[key]) != n:
             raise self.error(key, f"has {len(self.metadata[key])} items for {n} tokens")
+        if not all(map(math.isfinite, self.metadata.get(key, ()))):
+            raise self.error(key, "has a value that is no number")
 
     def bytes_of_bpe(self, tokens: Mapping[str, int]) -> None:
         """Text whose bytes are not in the vocabulary would be dropped without a word."""
@@ -175,19 +223,49 @@ class _Checks:
 
     def bytes_of_sentencepiece(self, tokens: Mapping[str, int]) -> None:
         """llama.cpp throws through its C interface, and so ends the process, on text with a byte that is missing."""
-        missing = [text for text in _BYTE_TOKENS if text not in tokens]
+        missing = sorted(text for text in BYTE_TOKENS if text not in tokens)
         if missing:
             raise self.error("tokenizer.ggml.tokens", f"lacks the byte token {missing[0]}, of {len(missing)}")
 
     def name(self, tokens: Mapping[str, int]) -> None:
         """llama.cpp gives the special tokens of a model that is *named* Phi 3 other rules, and needs these to do so."""
         name = self.metadata.get("general.name", "")
-        if any(part in name.lower() for part in ("phi-3", "phi3")):
-            missing = [text for text in ("</s>", "<unk>", "<s>", "<|endoftext|>") if text not in tokens]
+        if self.is_named_phi3():
+            missing = [text for text in _PHI3_TOKENS if text not in tokens]
             if missing:
                 raise self.error(
                     "general.name", f"is {name[:40]!a}, but the vocabulary has no {missing[0]}, as Phi 3's has"
                 )
+
+    def is_named_phi3(self) -> bool:
+        return any(part in self.metadata.get("general.name", "").lower() for part in ("phi-3", "phi3"))
+
+    def rstrip_of_phi3(self, tokens: Mapping[str, int]) -> frozenset[int]:
+        """Tokens that swallow the white space after them in a Phi 3, by llama.cpp's rule: GGUF has no key for it."""
+        if not self.is_named_phi3():
+            return frozenset()
+        kinds = self.metadata["tokenizer.ggml.token_type"]
+        plain = {tokens[text] for text in _PHI3_TOKENS if text != "</s>"}
+        marks = {i for text, i in tokens.items() if kinds[i] == CONTROL or (kinds[i] == USER_DEFINED and is_mark(text))}
+        return frozenset(marks - plain)
+
+    def space_prefix(self) -> str:
+        self.typed(SPACE_PREFIX_KEY, "str")
+        self.typed(STRIP_SPACE_KEY, "bool")
+        if self.metadata["tokenizer.ggml.model"] != "llama":
+            return "never"
+        added = self.metadata.get("tokenizer.ggml.add_space_prefix", True)
+        prefix: str = self.metadata.get(SPACE_PREFIX_KEY, "prepend" if added else "never")
+        if prefix not in SPACE_PREFIXES:
+            raise self.error(SPACE_PREFIX_KEY, f"is {prefix[:40]!a}; accepted: {', '.join(SPACE_PREFIXES)}")
+        return prefix
+
+    def token_set(self, key: str, n: int) -> frozenset[int]:
+        self.typed(key, "arr[u32]")
+        ids: list[int] = self.metadata.get(key, [])
+        if max(ids, default=0) >= n:
+            raise self.error(key, f"has the token {max(ids)}, but the vocabulary has {n} tokens")
+        return frozenset(ids)
 
     def pre_tokenizer(self, tokens: Mapping[str, int]) -> dict[str, str | int]:
         key = "tokenizer.ggml.pre"
@@ -223,4 +301,4 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))

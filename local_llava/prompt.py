@@ -1,6 +1,7 @@
 """From a conversation to what the language model reads: runs of tokens, and the slots of pictures between them.
 
-Knows how a chat format's parts become tokens. The parts are `chat`'s, the tokenizer is the language model's.
+Knows how a chat format's parts become tokens, and what a text's tokens depend on around it. The parts are `chat`'s, the
+tokenizer is the language model's.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from local_llava.chat import ChatFormat, Slot, Special
+from local_llava.chat import ChatFormat, Part, Slot, Special
 from local_llava.errors import UsageError
+from local_llava.sentencepiece import TextRun
 from local_llava.types import Message
 
 Prompt: TypeAlias = "list[list[int] | Slot]"
 
 
-def build(messages: Sequence[Message], chat_format: ChatFormat, tokenize: Callable[[str], list[int]]) -> Prompt:
+def build(messages: Sequence[Message], chat_format: ChatFormat, tokenize: Callable[[TextRun], list[int]]) -> Prompt:
     """The prompt of a conversation, up to where the assistant's next turn begins.
 
     Args:
@@ -29,17 +31,41 @@ def build(messages: Sequence[Message], chat_format: ChatFormat, tokenize: Callab
     """
     for message in messages:
         _check_text(message)
+    parts = chat_format.parts(messages)
     prompt: Prompt = []
-    for part in chat_format.parts(messages):
+    start = 0
+    while start < len(parts):
+        part, end = parts[start], start + 1
+        while isinstance(part, str) and end < len(parts) and isinstance(parts[end], str):
+            end += 1
         if isinstance(part, Slot):
             prompt.append(part)
-            continue
-        tokens = [part.token] if isinstance(part, Special) else tokenize(part)
-        if prompt and isinstance(prompt[-1], list):
-            prompt[-1] += tokens
         else:
-            prompt.append(tokens)
+            tokens = [part.token] if isinstance(part, Special) else tokenize(_run(parts, start, end, chat_format))
+            if prompt and isinstance(prompt[-1], list):
+                prompt[-1] += tokens
+            else:
+                prompt.append(tokens)
+        start = end
     return prompt
+
+
+def _run(parts: Sequence[Part], start: int, end: int, chat_format: ChatFormat) -> TextRun:
+    """The texts from `start` to `end`, which no special token or picture comes between."""
+    before = parts[start - 1] if start else None
+    first = before is None or (isinstance(before, Special) and before.added)
+    return TextRun(
+        pieces=tuple(part for part in parts[start:end] if isinstance(part, str)),
+        first=first,
+        after=None if first else _token(before, chat_format),
+        before=_token(parts[end], chat_format) if end < len(parts) else None,
+    )
+
+
+def _token(part: Part | None, chat_format: ChatFormat) -> int | None:
+    if isinstance(part, Slot):
+        return chat_format.image_token
+    return part.token if isinstance(part, Special) else None
 
 
 def _check_text(message: Message) -> None:

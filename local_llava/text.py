@@ -1,19 +1,15 @@
-"""The text of an answer, from the bytes of its tokens as they come.
+"""The text of an answer as it comes, up to a stop text.
 
-Knows UTF-8 and stop texts. Does not know tokens.
+Does not know tokens: they are made text by `detokenizer`.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
 
 class AnswerText:
-    """Joins pieces of bytes to text, and holds back what may turn out not to belong to it.
-
-    A character may be spread over several tokens, and so may a stop text; bytes that are no UTF-8 become U+FFFD.
-    """
+    """Joins pieces of text, and holds back what may turn out to be the beginning of a stop text."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         """
@@ -21,25 +17,15 @@ class AnswerText:
             stop: Texts that end the answer where they first occur.
         """
         self._stop = tuple(stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.stopped = False
         """Whether a stop text came; nothing comes after it."""
 
-    def push(self, piece: bytes) -> str:
-        """The text that is certain after these bytes, from where the last call's ended."""
-        return self._take(self._decoder.decode(piece))
-
-    def finish(self) -> str:
-        """The rest."""
-        rest = self._take(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return rest
-
-    def _take(self, text: str) -> str:
+    def push(self, piece: str) -> str:
+        """The text that is certain after this piece, from where the last call's ended."""
         if self.stopped:
             return ""
-        text = self._held + text
+        text = self._held + piece
         found = [i for stop in self._stop if (i := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
@@ -47,6 +33,11 @@ class AnswerText:
         n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
+
+    def finish(self) -> str:
+        """The rest."""
+        rest, self._held = self._held, ""
+        return rest
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -13,7 +13,7 @@ from llava_checkpoints import TINY
 from local_llava import Llava
 from local_llava.chat import ChatFormat, Slot, Special
 from local_llava.convert import convert
-from local_llava.convert.chat_template import LLAMA3_CHAT
+from local_llava.default_chats import LLAMA3_CHAT
 from local_llava.errors import PromptError
 from local_llava.template import render
 from local_llava.types import Message
@@ -50,14 +50,55 @@ def test_templates_that_take_strings_only() -> None:
 
 
 def test_bos_is_there_once() -> None:
-    assert chat("{{ bos_token }}x").parts([Message("user", "?")]) == [Special(1), "x"]
-    assert chat("x").parts([Message("user", "?")]) == [Special(1), "x"]
-    assert chat("x", add_bos=False).parts([Message("user", "?")]) == ["x"]
+    text = "x{{ messages[0]['content'] }}"
+    assert chat("{{ bos_token }}" + text).parts([Message("user", "?")]) == [Special(1), "x?"]
+    assert chat(text).parts([Message("user", "?")]) == [Special(1), "x?"]
+    assert chat(text, add_bos=False).parts([Message("user", "?")]) == ["x?"]
 
 
 def test_a_template_without_a_place_for_pictures() -> None:
     with pytest.raises(PromptError, match="no place"):
         chat("{{ bos_token }}hello").parts([Message("user", "?", images=("x",))])
+
+
+LLAVA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""As llava-hf's LLaVA 1.5 has it: every message's content must be typed parts; one with strings loses them."""
+
+
+def test_a_template_that_takes_typed_parts_only() -> None:
+    turns = [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    assert chat(LLAVA).parts(turns) == [Special(1), "Be brief. USER: a ASSISTANT: b USER: c ASSISTANT:"]
+    turns[1] = Message("user", "a", images=("x",))
+    after = "\na ASSISTANT: b USER: c ASSISTANT:"
+    assert chat(LLAVA).parts(turns) == [Special(1), "Be brief. USER: ", Slot(0), after]
+
+
+def test_a_template_that_takes_typed_parts_of_some() -> None:
+    """The system's message as a string, the others as parts; and parts that would be printed like a list in Python."""
+    template = (
+        "{{ messages[0]['content'] }}|{% for p in messages[1]['content'] %}{{ p['text'] or '<image>' }}{% endfor %}"
+    )
+    turns = [Message("system", "s"), Message("user", "u", images=("x",))]
+    assert chat(template).parts(turns) == [Special(1), "s|", Slot(0), "u"]
+    assert chat("{{ messages[0]['content'] | trim }}").parts([Message("user", " u ")]) == [Special(1), "u"]
+
+
+def test_a_message_that_a_template_would_leave_out() -> None:
+    """Phi 3's first template had no place for a system prompt, and said nothing."""
+    template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    assert chat(template).parts([Message("user", "u")]) == [Special(1), "u"]
+    with pytest.raises(PromptError, match="no place for a system message"):
+        chat(template).parts([Message("system", "s"), Message("user", "u")])
+    with pytest.raises(PromptError, match="no place for a user message"):
+        chat("{{ bos_token }}").parts([Message("user", "u")])
 
 
 @given(st.lists(st.sampled_from([*SPECIALS, "<", "|", "eot_id", ">", "\ufdd0", "\ufdd1", " ", "é", "<__media__>"])))

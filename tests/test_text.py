@@ -1,4 +1,4 @@
-"""Text of an answer: characters over several tokens, stop texts over several pieces."""
+"""Text of an answer: stop texts over several pieces."""
 
 from __future__ import annotations
 
@@ -8,34 +8,27 @@ from hypothesis import strategies as st
 from local_llava.text import AnswerText
 
 
-def pushed(pieces: list[bytes], stop: list[str]) -> tuple[str, bool]:
+def pushed(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
     text = AnswerText(stop)
     shown = "".join(text.push(piece) for piece in pieces)
     return shown + text.finish(), text.stopped
 
 
-def test_a_character_over_several_tokens() -> None:
-    text = AnswerText()
-    assert [text.push(bytes([b])) for b in "é🦙".encode()] == ["", "é", "", "", "", "🦙"]
-    assert text.push(b"\xf0\x9f") == "" and text.finish() == "\ufffd"
-
-
 def test_a_stop_text_is_cut_out_and_what_follows_it_dropped() -> None:
-    assert pushed([b"one", b"tw", b"o\nUS", b"ER: three"], ["\nUSER:"]) == ("onetwo", True)
-    assert pushed([b"a", b"b", b"c"], ["cd", "bd"]) == ("abc", False)
-    assert pushed([b"aab"], ["ab", "aa"]) == ("", True), "the first to occur counts"
+    assert pushed(["one", "tw", "o\nUS", "ER: three"], ["\nUSER:"]) == ("onetwo", True)
+    assert pushed(["a", "b", "c"], ["cd", "bd"]) == ("abc", False)
+    assert pushed(["aab"], ["ab", "aa"]) == ("", True), "the first to occur counts"
 
 
 def test_nothing_is_held_back_without_need() -> None:
     text = AnswerText(["END"])
-    assert [text.push(p) for p in (b"a E", b"xE", b"N", b"ot")] == ["a ", "Ex", "", "ENot"]
+    assert [text.push(p) for p in ("a E", "xE", "N", "ot")] == ["a ", "Ex", "", "ENot"]
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_any_split_gives_the_same_text(whole: str, stop: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
-    raw = whole.encode()
-    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    pieces = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
     first = min((i for s in stop if (i := whole.find(s)) >= 0), default=None)
     text, stopped = pushed(pieces, stop)
     assert stopped == (first is not None)
@@ -44,4 +37,4 @@ def test_any_split_gives_the_same_text(whole: str, stop: list[str], data: st.Dat
     else:
         # A stop text that ends earlier may be seen before one that begins earlier.
         assert whole.startswith(text) and any(whole.startswith(s, len(text)) for s in stop)
-    assert pushed([raw], stop)[1] == stopped
+    assert pushed([whole], stop)[1] == stopped

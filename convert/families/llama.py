@@ -1,4 +1,4 @@
-"""The Llama decoder: its tensors and metadata in a GGUF.
+"""The Llama decoder, and Mistral's, which differs in defaults and a window: its tensors and metadata in a GGUF.
 
 Names and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's converter.
 """
@@ -16,6 +16,17 @@ from local_llava.convert.config import Config
 from local_llava.convert.families import Row
 from local_llava.convert.plan import Field, Load
 from local_llava.errors import CheckpointError
+
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+"""Supported kinds of text_config, with what transformers' class takes where it differs from LlamaConfig's."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ def read_config(config: Config) -> LlamaConfig:
     Raises:
         CheckpointError: Not a Llama decoder, a value makes no sense, or a setting is not supported.
     """
-    config.choice("model_type", "llama", ("llama",))
+    kind = config.choice("model_type", "llama", tuple(_DEFAULTS))
+    config = Config(config.path, {**_DEFAULTS[kind], **config.values}, config.section)
     config.choice("hidden_act", "silu", ("silu",))
     n_embd = config.integer("hidden_size", 4096, 1, 1 << 20)
     n_head = config.integer("num_attention_heads", 32, 1, 1 << 14)
@@ -64,12 +76,20 @@ def read_config(config: Config) -> LlamaConfig:
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
-        n_ctx=config.integer("max_position_embeddings", 2048, 1, 1 << 30),
+        n_ctx=_n_ctx(config, kind),
         rms_eps=config.number("rms_norm_eps", 1e-6, 0, 1),
         rope_base=_rope_base(config),
         attention_bias=config.flag("attention_bias", False),
         mlp_bias=config.flag("mlp_bias", False),
     )
+
+
+def _n_ctx(config: Config, kind: str) -> int:
+    """The context length; Mistral's at most its window, since llama.cpp's `llama` attends to all of the context."""
+    trained = config.integer("max_position_embeddings", 2048, 1, 1 << 30)
+    if kind != "mistral" or config.values.get("sliding_window") is None:
+        return trained
+    return min(trained, config.integer("sliding_window", None, 1, 1 << 30))
 
 
 def _rope_base(config: Config) -> float:
