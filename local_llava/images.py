@@ -1,75 +1,87 @@
-"""From a picture to the exact pixels that the tower was trained on.
+"""From whatever names a picture to the exact pixels that the tower was trained on.
 
-Knows Pillow and the preprocessing of transformers' CLIPImageProcessor (its Pillow version) and of the official
-LLaVA's padding. Knows no model file.
+Knows the preprocessing of transformers' CLIPImageProcessor (its Pillow version) and of the official LLaVA's padding.
+Knows no model file. Bytes come from `sources`, pictures out of them from `decode`, modes and arrays are `pixels`'s.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeAlias
+from dataclasses import replace
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from local_llava.errors import ImageError
-from local_llava.types import Preprocessing
+from local_llava import clipboard
+from local_llava.decode import decode, rgb_of
+from local_llava.errors import ImageError, UsageError
+from local_llava.pixels import MAX_PIXELS, from_array
+from local_llava.sources import read_source
+from local_llava.types import PreprocessChoice, Preprocessing
 
-ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image
+__all__ = ["ImageLike", "load_image", "preprocess", "with_mode"]
 
-MAX_PIXELS = 200_000_000
-"""Largest picture that is decoded, and largest that it is resized to on the way to the crop."""
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[Any]
+"""What `load_image` takes."""
 
-FORMATS = ("PNG", "JPEG")
+_STRIP_PIXELS = 1 << 22
+"""Pixels of the square that are in memory at a time while a picture is padded."""
 
 
-def load_image(source: ImageLike) -> Image.Image:
-    """An upright RGB picture from a path or a PIL image.
+def load_image(source: ImageLike, *, remote: bool = True, local: bool = True) -> Image.Image:
+    """An upright picture in mode RGB.
 
-    EXIF rotation is applied; transparent pixels are put on white.
+    Pictures are turned as their EXIF data say and put on white where they are transparent; deep greys are scaled to 8
+    bits; of an animation comes the first frame. The content decides on the format, not a name.
+
+    Args:
+        source: A path (of a PDF, the end `#page=3` picks a page; otherwise the first), as `str` or PathLike. As `str`
+            also an http or https URL, a data URL, "-" for standard input, or "clipboard:" for what was copied on a
+            desktop. Bytes, or a binary file object, which is read from where it stands. A PIL image. A numpy array
+            [height, width] or [height, width, 1, 3 or 4] of uint8, uint16, bool, or floating point from 0 to 1.
+        remote: Whether a URL may be fetched. Pass False where the URL does not come from the user of this computer.
+        local: Whether `source` may name what is on this computer: a file, standard input, the clipboard. Pass False for
+            text that strangers send; data URLs are what is left with both off.
 
     Raises:
-        ImageError: Not a file, not a PNG or JPEG, truncated, or larger than MAX_PIXELS.
+        ImageError: It cannot be read or fetched, is no picture or damaged, is larger than MAX_BYTES (`sources`) or
+            MAX_PIXELS (`pixels`), needs an extra that is not installed, or is not allowed.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "image")
-    path = Path(source)
-    try:
-        # Pillow warns of what it calls decompression bombs below our own limit, which is an error.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return _upright_rgb(image, str(path))
-    except UnidentifiedImageError as e:
-        empty = path.stat().st_size == 0
-        raise ImageError(f"{path}: {'an empty file' if empty else 'not a picture'}; PNG and JPEG are accepted") from e
-    except Image.DecompressionBombError as e:
-        raise ImageError(f"{path}: more than {MAX_PIXELS} pixels") from e
-    except OSError as e:
-        if e.errno is not None:
-            raise ImageError(f"{path}: cannot be read: {e.strerror}") from e
-        raise ImageError(f"{path}: damaged or truncated picture: {e}") from e
-    # Pillow's decoders raise these, and struct.error, on damaged files.
-    except (ValueError, SyntaxError, IndexError, KeyError, EOFError, ArithmeticError) as e:
-        raise ImageError(f"{path}: damaged picture: {e}") from e
+        return rgb_of(source)
+    if isinstance(source, np.ndarray):
+        return from_array(source)
+    if source == clipboard.NAME:
+        if not local:
+            raise ImageError("the clipboard is not accepted here; accepted are data URLs and URLs")
+        found = clipboard.read_clipboard()
+        if isinstance(found, Image.Image):
+            return rgb_of(found, "clipboard")
+        return decode(found, "clipboard") if isinstance(found, bytes) else load_image(found)
+    encoded = read_source(source, remote=remote, local=local)
+    return decode(encoded.data, encoded.where, encoded.page)
 
 
-def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{where}: {image.width} x {image.height} is more than {MAX_PIXELS} pixels")
-    if image.width == 0 or image.height == 0:
-        raise ImageError(f"{where}: {image.width} x {image.height} has no pixels")
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        upright = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        upright.alpha_composite(layer)
-    return upright.convert("RGB")
+def with_mode(how: Preprocessing, choice: PreprocessChoice) -> Preprocessing:
+    """The preprocessing that a user chose.
+
+    Args:
+        how: What the mmproj says.
+        choice: "checkpoint" for that; "pad" for the whole picture, with bars of the mean colour that make it square;
+            "crop" for its middle, as large as it can be.
+
+    Raises:
+        UsageError: Another choice.
+    """
+    if choice == "checkpoint" or choice == how.mode:
+        return how
+    if choice not in ("pad", "crop"):
+        raise UsageError(f"preprocess must be checkpoint, pad or crop, not {choice!r:.40}")
+    # A shortest edge beyond the crop belongs to the checkpoint's own mode: it would cut off what the choice is to show.
+    return replace(how, mode=choice, shortest_edge=how.image_size)
 
 
 def preprocess(images: Sequence[Image.Image], how: Preprocessing) -> NDArray[np.float32]:
@@ -81,7 +93,7 @@ def preprocess(images: Sequence[Image.Image], how: Preprocessing) -> NDArray[np.
 
     Returns:
         float32 [n_images, 3, image_size, image_size], normalised. Equal to CLIPImageProcessor's to 1e-6 in mode
-        "crop".
+        "crop", and in mode "pad" to what it makes of the picture padded to a square.
 
     Raises:
         ImageError: A picture is so narrow that it would grow beyond MAX_PIXELS.
@@ -96,29 +108,42 @@ def preprocess(images: Sequence[Image.Image], how: Preprocessing) -> NDArray[np.
 
 
 def _square(image: Image.Image, how: Preprocessing) -> Image.Image:
-    """The 8-bit picture of image_size x image_size."""
-    resample, size = Image.Resampling(how.resample), how.image_size
+    """The 8-bit picture of image_size x image_size: what the tower sees."""
+    resample, size, edge = Image.Resampling(how.resample), how.image_size, how.shortest_edge
     if how.mode == "resize":
         return image.resize((size, size), resample)
     if how.mode == "pad":
-        image = _pad(image, how)
-    short, long = sorted(image.size)
-    # transformers.image_transforms.get_resize_output_image_size: the long edge is rounded down
-    new_long = int(how.shortest_edge * long / short)
-    if how.shortest_edge * new_long > MAX_PIXELS:
-        raise ImageError(f"image: {image.width} x {image.height} is too narrow to be resized")
-    wide = image.width > image.height
-    image = image.resize((new_long, how.shortest_edge) if wide else (how.shortest_edge, new_long), resample)
+        image = _padded(image, how, resample)
+    else:
+        short, long = sorted(image.size)
+        # transformers.image_transforms.get_resize_output_image_size: the long edge is rounded down
+        new_long = int(edge * long / short)
+        if edge * new_long > MAX_PIXELS:
+            raise _too_narrow(image)
+        image = image.resize((new_long, edge) if image.width > image.height else (edge, new_long), resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def _pad(image: Image.Image, how: Preprocessing) -> Image.Image:
-    """A square with the picture in its middle and the mean colour around it: expand2square of the official LLaVA."""
-    side = max(image.size)
-    if side * side > MAX_PIXELS:
-        raise ImageError(f"image: {image.width} x {image.height} padded to a square is more than {MAX_PIXELS} pixels")
+def _padded(image: Image.Image, how: Preprocessing, resample: Image.Resampling) -> Image.Image:
+    """expand2square of the official LLaVA, resized to shortest_edge: the picture amid the mean colour.
+
+    Pillow resizes rows first, each by itself, and then columns. So the square is made and its rows are resized a strip
+    at a time, with the same pixels in the end: a long screenshot needs no square of its length.
+    """
+    side, edge = max(image.size), how.shortest_edge
+    if edge * side > MAX_PIXELS:
+        raise _too_narrow(image)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
     red, green, blue = (int(m / how.rescale) for m in how.mean)
-    square = Image.new("RGB", (side, side), (red, green, blue))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    narrow = Image.new("RGB", (edge, side))
+    rows = max(1, _STRIP_PIXELS // side)
+    for y in range(0, side, rows):
+        strip = Image.new("RGB", (side, min(rows, side - y)), (red, green, blue))
+        strip.paste(image, (left, top - y))
+        narrow.paste(strip.resize((edge, strip.height), resample), (0, y))
+    return narrow.resize((edge, edge), resample)
+
+
+def _too_narrow(image: Image.Image) -> ImageError:
+    return ImageError(f"image: {image.width} x {image.height} is too narrow to be resized")
