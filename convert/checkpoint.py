@@ -9,6 +9,7 @@ a conversion promises to need little. Format: https://huggingface.co/docs/safete
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +19,40 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from local_llava import ggml, ggml_rows
 from local_llava.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
 """Largest JSON file that is read whole; a real tokenizer.json has 9 MB."""
 
+MAX_NAME = 200
+"""Bytes in the name of a tensor or a shard; real ones have less than a hundred."""
+
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """safetensors dtypes that weights may have, with what numpy reads them as."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file cannot be read, is larger than 64 MB, or is not a JSON object.
+        CheckpointError: The file cannot be read, is larger than 64 MB, or is not a JSON object of Unicode text.
     """
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that a JSON file may have")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            # Halves of a pair are no text: they could be neither written to a GGUF nor shown.
+            json.dumps(value, ensure_ascii=False).encode()
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeEncodeError as e:
+        raise CheckpointError(f"{path}: not valid JSON: \\u{ord(e.object[e.start]):04x} is half of a character") from e
     except (ValueError, RecursionError) as e:
         reason = "nested too deeply" if isinstance(e, RecursionError) else str(e).splitlines()[0]
         raise CheckpointError(f"{path}: not valid JSON: {reason}") from e
@@ -85,6 +98,8 @@ class SourceTensor:
             raise CheckpointError(f"{self}: the file ended before the tensor did; was it changed?") from e
         if self.dtype == "BF16":  # bfloat16 is the upper half of a float32
             return np.asarray((raw.astype(np.uint32) << 16).view(np.float32))
+        if self.dtype == "F16":  # faster than numpy
+            return np.reshape(ggml_rows.dequantize(ggml.F16, raw.view(np.uint8)), raw.shape)
         return np.asarray(raw, np.float32)
 
 
@@ -161,8 +176,10 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     wanted: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
         # A shard lies beside its index: a path that leads elsewhere is no honest checkpoint.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index_path}: weight_map[{name!r}] must be a file name, not {file!r}")
+        if not isinstance(file, str) or Path(file).name != file or not _is_name(file):
+            raise CheckpointError(f"{index_path}: weight_map[{name!a:.80}] must be a file name, not {file!a:.80}")
+        if not _is_name(name):
+            raise _bad_name(index_path, name)
         names = wanted.setdefault(directory / file, set())
         assert names is not None
         names.add(name)
@@ -173,10 +190,21 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     return wanted
 
 
+def _is_name(text: str) -> bool:
+    """Whether a text can be a name that is shown on one line; as a file's, on every system."""
+    return text.isprintable() and 1 <= len(text.encode()) <= MAX_NAME and text not in (".", "..")
+
+
+def _bad_name(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: names a tensor {name!a:.80}; names of 1 to {MAX_NAME} bytes of printable text are accepted"
+    )
+
+
 def _check_complete(files: list[Path]) -> None:
     """Shards without an index still say in their names how many they are: `model-00001-of-00004.safetensors`."""
     total = files[0].stem.rpartition("-of-")[2]
-    if total.isdigit() and int(total) != len(files):
+    if total.isdecimal() and int(total) != len(files):
         raise CheckpointError(f"{files[0].parent}: {len(files)} of {int(total)} shards are there, and no index")
 
 
@@ -186,20 +214,28 @@ def read_safetensors(path: Path) -> dict[str, SourceTensor]:
     Raises:
         CheckpointError: The file cannot be read, or is damaged or truncated.
     """
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise CheckpointError(f"{path}: is not a regular file")
     try:
         # Checks the header's size, that it is JSON, and that the tensors fill the rest of the file without overlap.
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > MAX_JSON_BYTES:
+                raise CheckpointError(f"{path}: a header of {length} bytes; at most {MAX_JSON_BYTES} are accepted")
             header = json.loads(file.read(length))
     except SafetensorError as e:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {str(e).splitlines()[0]}") from e
+        reason = ascii(str(e))[1:-1]  # it quotes names from the file
+        raise CheckpointError(f"{path}: not a whole safetensors file: {reason:.200}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not a whole safetensors file: its header is no JSON") from e
     header.pop("__metadata__", None)
+    for name in header:
+        if not _is_name(name):
+            raise _bad_name(path, name)
     return {
         name: SourceTensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + start, stop - start)
         for name, entry in header.items()

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
-from local_llava.convert import quantize, write
+from local_llava.convert import mixes, tensor_types, write
 from local_llava.convert.checkpoint import FLOATS, Checkpoint, SourceTensor
 from local_llava.convert.families import Parts, Row, clip, llama, take_apart
+from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
 from local_llava.convert.preprocessing import read_preprocessing
 from local_llava.convert.tokenizer import read_tokenizer
@@ -35,6 +36,11 @@ class Conversion:
     model: GGUFPlan
     mmproj: GGUFPlan
     overwrite: bool
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user may not expect of the two files, one line each."""
+        return (*self.model.notes, *self.mmproj.notes)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -73,6 +79,7 @@ def convert(
     *,
     quant: str = DEFAULT_QUANT,
     mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
+    overrides: Overrides = NO_OVERRIDES,
     overwrite: bool = False,
     progress: write.Progress | None = None,
     threads: int | None = None,
@@ -84,8 +91,10 @@ def convert(
     Args:
         source: Directory of a checkpoint in transformers format.
         out: Directory for the files, made if it is missing; None for `<model>-gguf` in the current directory.
-        quant: Type of the language model: F32, F16, BF16, Q8_0, Q6_K or Q4_K_M.
-        mmproj_quant: Type of the tower and projector: F32, F16 or Q8_0.
+        quant: Type of the language model, in upper or lower case: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1,
+            Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S or Q2_K.
+        mmproj_quant: Type of the tower and projector: F32, F16, BF16, Q8_0, Q6_K, Q5_K or Q4_K.
+        overrides: Types of single tensors of the language model.
         overwrite: Replace existing files.
         progress: Called with the bytes written since the last call.
         threads: Threads that read and quantize; None for one a processor.
@@ -96,9 +105,9 @@ def convert(
     Raises:
         CheckpointError: The checkpoint cannot be converted.
         OutputError: The files cannot be written.
-        UsageError: An unknown type.
+        UsageError: An unknown type, or one that does not fit a tensor it was named for.
     """
-    conversion = prepare(source, out, quant=quant, mmproj_quant=mmproj_quant, overwrite=overwrite)
+    conversion = prepare(source, out, quant=quant, mmproj_quant=mmproj_quant, overrides=overrides, overwrite=overwrite)
     return conversion.write(progress, threads)
 
 
@@ -108,15 +117,16 @@ def prepare(
     *,
     quant: str = DEFAULT_QUANT,
     mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
+    overrides: Overrides = NO_OVERRIDES,
     overwrite: bool = False,
 ) -> Conversion:
     """Decide and check a whole conversion without writing; arguments and errors as of `convert`."""
-    mix = quantize.get_mix(quant, quantize.LLM_MIXES)
-    mmproj_mix = quantize.get_mix(mmproj_quant, quantize.MMPROJ_MIXES)
+    mix = mixes.get_mix(quant, mixes.LLM_MIXES)
+    mmproj_mix = mixes.get_mix(mmproj_quant, mixes.MMPROJ_MIXES)
     checkpoint = Checkpoint.open(Path(source))
     name = model_name(checkpoint.directory)
     directory = Path(f"{name}-gguf") if out is None else Path(out)
-    files = ModelFiles(directory / f"{name}-{quant}.gguf", directory / f"{name}-mmproj-{mmproj_quant}.gguf")
+    files = ModelFiles(directory / f"{name}-{mix.name}.gguf", directory / f"{name}-mmproj-{mmproj_mix.name}.gguf")
     parts = take_apart(checkpoint)
     text = llama.read_config(parts.text)
     tower = clip.read_config(parts.vision, parts.feature_layer)
@@ -126,10 +136,15 @@ def prepare(
     preprocessing = read_preprocessing(checkpoint.directory, tower.image_size)
     tokenizer = read_tokenizer(checkpoint.directory, text.n_vocab, checkpoint.config)
 
-    text_types = quantize.llm_types(
-        mix, _shapes(text_rows), n_layer=text.n_layer, n_head=text.n_head, n_head_kv=text.n_head_kv
+    text_types = tensor_types.llm_types(
+        mix,
+        _named(text_rows),
+        n_layer=text.n_layer,
+        n_head=text.n_head,
+        n_head_kv=text.n_head_kv,
+        overrides=overrides,
     )
-    mmproj_types = quantize.mmproj_types(mmproj_mix, _shapes([*tower_rows, *projector_rows]))
+    mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower_rows, *projector_rows]))
     shared = [
         *_origin(checkpoint.directory, name),
         Field(PAIR_KEY, _pair_id(parts.projector_tensors), GGUFValueType.STRING),
@@ -139,24 +154,26 @@ def prepare(
             Field("general.architecture", "llama", GGUFValueType.STRING),
             Field("general.type", "model", GGUFValueType.STRING),
             *shared,
-            *quantize.type_fields(mix),
+            *mixes.type_fields(mix),
             *llama.fields(text),
             *tokenizer.fields(),
         ),
         tensors=_tensors(text_rows, parts.text_tensors, text_types),
+        notes=text_types.notes,
     )
     mmproj = GGUFPlan(
         metadata=(
             Field("general.architecture", "clip", GGUFValueType.STRING),
             Field("general.type", "mmproj", GGUFValueType.STRING),
             *shared,
-            *quantize.type_fields(mmproj_mix),
+            *mixes.type_fields(mmproj_mix),
             *clip.fields(tower, text.n_embd, preprocessing),
         ),
         tensors=(
             *_tensors(tower_rows, parts.vision_tensors, mmproj_types),
             *_tensors(projector_rows, parts.projector_tensors, mmproj_types),
         ),
+        notes=mmproj_types.notes,
     )
     return Conversion(files, model, mmproj, overwrite)
 
@@ -204,12 +221,12 @@ def _unused(tensor: SourceTensor) -> bool:
     return _UNUSED.match(tensor.name) is not None
 
 
-def _shapes(rows: Sequence[Row]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(row.target, row.shape) for row in rows]
+def _named(rows: Sequence[Row]) -> list[tensor_types.Tensor]:
+    return [tensor_types.Tensor(row.target, row.shape) for row in rows]
 
 
 def _tensors(
-    rows: Sequence[Row], tensors: Mapping[str, SourceTensor], types: Mapping[str, GGMLQuantizationType]
+    rows: Sequence[Row], tensors: Mapping[str, SourceTensor], assignment: tensor_types.Assignment
 ) -> tuple[TensorPlan, ...]:
     def plan(row: Row) -> TensorPlan:
         load: Load
@@ -218,7 +235,7 @@ def _tensors(
         else:
             tensor = tensors[row.source]
             load, source = row.load(tensor), str(tensor)
-        return TensorPlan(row.target, row.shape, types[row.target], load, source)
+        return TensorPlan(row.target, row.shape, assignment.types[row.target], load, source)
 
     return tuple(plan(row) for row in rows)
 

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 Load = Callable[[int, int], NDArray[np.float32]]
 """`load(start, stop)` gives rows start to stop of a tensor seen as [n_rows, row_length], float32."""
 
+Raw = Callable[[int, int], NDArray[np.uint8]]
+"""`raw(start, stop)` gives the bytes of these rows."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -40,6 +43,8 @@ class TensorPlan:
     load: Load
     source: str
     """Where it comes from, for error messages: file and tensor name."""
+    raw: Raw | None = None
+    """The bytes to be written, where the source is quantized in this very type: quantizing anew would change them."""
 
     @property
     def n_rows(self) -> int:
@@ -56,3 +61,5 @@ class GGUFPlan:
 
     metadata: tuple[Field, ...]
     tensors: tuple[TensorPlan, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know of it before it is written, one line each."""

@@ -18,6 +18,9 @@ log = logging.getLogger("local_llava")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+MAX_MEAN = 1000
+"""Without rescaling, means are 8-bit values."""
+
 PROCESSORS = {"CLIPImageProcessor": False, "LlavaImageProcessor": True}
 """Supported processors, without the suffixes of their variants; True for those that may pad to a square."""
 
@@ -41,7 +44,7 @@ def read_preprocessing(directory: Path, image_size: int) -> Preprocessing:
     base = base.replace("FeatureExtractor", "ImageProcessor")
     if base not in PROCESSORS:
         raise CheckpointError(
-            f"{config.name('image_processor_type')} is {kind!r}; supported: {', '.join(sorted(PROCESSORS))}"
+            f"{config.name('image_processor_type')} is {kind!a:.80}; supported: {', '.join(sorted(PROCESSORS))}"
         )
     if not config.flag("do_resize", True):
         raise CheckpointError(f"{config.name('do_resize')} is false; only resizing processors are supported")
@@ -51,8 +54,10 @@ def read_preprocessing(directory: Path, image_size: int) -> Preprocessing:
     normalizes = config.flag("do_normalize", True)
     mean = config.numbers("image_mean", CLIP_MEAN, 3) if normalizes else (0.0, 0.0, 0.0)
     std = config.numbers("image_std", CLIP_STD, 3) if normalizes else (1.0, 1.0, 1.0)
-    if min(std) <= 0:
-        raise CheckpointError(f"{config.name('image_std')} must be positive, not {list(std)}")
+    if not all(abs(v) <= MAX_MEAN for v in mean):
+        raise CheckpointError(f"{config.name('image_mean')} must be from -{MAX_MEAN} to {MAX_MEAN}, not {list(mean)}")
+    if not all(1e-6 <= v <= 1e6 for v in std):
+        raise CheckpointError(f"{config.name('image_std')} must be from 1e-6 to 1e6, not {list(std)}")
     return Preprocessing(
         image_size=image_size,
         mean=(mean[0], mean[1], mean[2]),
@@ -83,15 +88,19 @@ def _size(config: Config, image_size: int) -> tuple[int, bool]:
         edge: object = size["shortest_edge"]
     elif isinstance(size, dict) and size.keys() >= {"height", "width"}:
         if (size["height"], size["width"]) != (image_size, image_size):
-            raise CheckpointError(f"{config.name('size')} is {size!r}, but the tower takes {image_size} x {image_size}")
+            raise CheckpointError(
+                f"{config.name('size')} is {size!a:.80}, but the tower takes {image_size} x {image_size}"
+            )
         return image_size, False
     else:
         edge = image_size if size is None else size  # up to transformers 4.26, a bare number
     if not isinstance(edge, int) or isinstance(edge, bool) or not image_size <= edge <= 8192:
-        raise CheckpointError(f"{config.name('size')}: the shortest edge must be {image_size} to 8192, not {edge!r}")
+        raise CheckpointError(
+            f"{config.name('size')}: the shortest edge must be {image_size} to 8192, not {edge!a:.80}"
+        )
     if not config.flag("do_center_crop", True):
         raise CheckpointError(f"{config.name('do_center_crop')} is false, so pictures would not be square")
     wanted = {"height": image_size, "width": image_size}
     if crop is not None and crop != image_size and crop != wanted:
-        raise CheckpointError(f"{config.name('crop_size')} is {crop!r}, but the tower takes {wanted!r}")
+        raise CheckpointError(f"{config.name('crop_size')} is {crop!a:.80}, but the tower takes {wanted!r}")
     return edge, True

@@ -287,7 +287,8 @@ def _item(type: GGUFValueType, value: Any) -> bytes:
 
 
 def _string(value: str | bytes) -> bytes:
-    data = value.encode() if isinstance(value, str) else value
+    # Bytes of a GGUF's string that are not UTF-8 are read as surrogates (`gguf_file`), and are the same bytes again.
+    data = value.encode(errors="surrogateescape") if isinstance(value, str) else value
     return struct.pack("<Q", len(data)) + data
 
 

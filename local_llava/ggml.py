@@ -1,7 +1,7 @@
 """The ggml functions that local-llava calls, through the libraries that llama-cpp-python installs.
 
-Knows where those libraries lie, the C types of the functions used, and what ggml would abort the process for in the
-few calls that are wrapped here. Knows no model and no file. Nothing is loaded before the first call.
+Knows where those libraries lie and the C types of the functions used. Knows no model and no file. Nothing is loaded
+before the first call. Rows of numbers are `ggml_rows`'s.
 
 Two things decide how loading is done:
 
@@ -27,34 +27,12 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t,
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from local_llava.errors import EngineError
 
 logger = logging.getLogger("local_llava")
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
-"""`enum ggml_type`: the types that weights of a tower may have."""
-
-QUANTIZABLE: dict[int, str] = {
-    F32: "F32",
-    F16: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    6: "Q5_0",
-    7: "Q5_1",
-    Q8_0: "Q8_0",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
-    20: "IQ4_NL",
-    23: "IQ4_XS",
-    BF16: "BF16",
-}
-"""`enum ggml_type` -> name, for the types that `ggml_quantize_chunk` makes without an importance matrix."""
+"""`enum ggml_type`: those that are named in code; `ggml_rows` has the rest."""
 
 CPU, GPU, IGPU = 0, 1, 2
 """`enum ggml_backend_dev_type`."""
@@ -75,6 +53,23 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
+_TO_FLOAT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits`."""
+
+    _fields_ = (
+        ("type_name", c_char_p),
+        ("blck_size", c_int64),
+        ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t),
+        ("is_quantized", c_bool),
+        ("to_float", _TO_FLOAT),
+        ("from_float_ref", c_void_p),
+    )
+
+
 _P = c_void_p
 _SHAPE = POINTER(c_int64)
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
@@ -91,6 +86,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "row_size": (c_size_t, [c_int, c_int64]),
     "quantize_chunk": (c_size_t, [c_int, _P, _P, c_int64, c_int64, c_int64, _P]),
     "validate_row_data": (c_bool, [c_int, _P, c_size_t]),
+    "get_type_traits": (POINTER(_TypeTraits), [c_int]),
     # contexts, tensors, graphs
     "init": (_P, [InitParams]),
     "free": (None, [_P]),
@@ -141,12 +137,21 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+# In the CPU backend's library, which a build with GGML_BACKEND_DL loads on its own; None there.
+_CPU_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "cpu_fp16_to_fp32": (None, [_P, _P, c_int64]),
+}
+
+
 class Functions:
-    """The functions of `_SIGNATURES` as attributes, without the prefix `ggml_`."""
+    """The functions of `_SIGNATURES` and `_CPU_SIGNATURES` as attributes, without the prefix `ggml_`."""
 
     def __init__(self, libraries: list[ctypes.CDLL]) -> None:
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in (_SIGNATURES | _CPU_SIGNATURES).items():
             owner = next((lib for lib in libraries if hasattr(lib, f"ggml_{name}")), None)
+            if owner is None and name in _CPU_SIGNATURES:
+                setattr(self, name, None)
+                continue
             if owner is None:
                 raise EngineError(
                     f"llama-cpp-python's libraries lack ggml_{name}: install the version local-llava asks for"
@@ -278,73 +283,3 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _checked(type: int) -> int:
-    if type not in QUANTIZABLE:
-        raise ValueError(
-            f"{type!r} is no ggml type that is made from float32; those are {', '.join(QUANTIZABLE.values())}"
-        )
-    return int(type)
-
-
-def block_size(type: int) -> int:
-    """Values that share a scale; the length of a row must be a multiple of it. 1 for F32, F16 and BF16.
-
-    Raises:
-        ValueError: `type` is none of `QUANTIZABLE`.
-    """
-    return int(functions().blck_size(_checked(type)))
-
-
-def row_size(type: int, n: int) -> int:
-    """Bytes of a row of n values.
-
-    Raises:
-        ValueError: `type` is none of `QUANTIZABLE`, or n is not a positive multiple of its block size.
-    """
-    if n < 1 or n % block_size(type):
-        raise ValueError(f"a {QUANTIZABLE[type]} row holds a multiple of {block_size(type)} values, not {n}")
-    return int(functions().row_size(type, n))
-
-
-def quantize_chunk(type: int, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Quantize rows with ggml's own kernels, bit for bit as `llama_model_quantize` does without an importance matrix.
-
-    Rows are independent, and the GIL is released: call it from several threads on blocks of rows.
-
-    Args:
-        type: A ggml type of `QUANTIZABLE`.
-        rows: float32 [n_rows, n], C-contiguous, n a multiple of the block size. Finite: ggml does not check.
-
-    Returns:
-        uint8 [n_rows, row_size(type, n)].
-
-    Raises:
-        ValueError: The type, dtype, shape or memory order is another.
-    """
-    if rows.dtype != np.float32 or rows.ndim != 2 or not rows.flags.c_contiguous:
-        raise ValueError(f"rows must be C-contiguous float32 [n_rows, n], not {rows.dtype} {rows.shape}")
-    n_rows, n = rows.shape
-    out = np.empty((n_rows, row_size(type, n)), np.uint8)
-    if n_rows:
-        functions().quantize_chunk(type, rows.ctypes.data, out.ctypes.data, 0, n_rows, n, None)
-    return out
-
-
-def validate_row_data(type: int, data: NDArray[np.uint8]) -> bool:
-    """Whether quantized data has no NaN and no infinity among its values or scales. ggml tells stderr which.
-
-    Args:
-        type: A ggml type of `QUANTIZABLE`.
-        data: uint8 of any shape, C-contiguous, whole blocks.
-
-    Raises:
-        ValueError: The type, dtype, size or memory order is another.
-    """
-    size = int(functions().type_size(_checked(type)))
-    if data.dtype != np.uint8 or not data.flags.c_contiguous or data.size % size:
-        raise ValueError(
-            f"data must be C-contiguous uint8, whole blocks of {size} bytes, not {data.dtype} {data.shape}"
-        )
-    return bool(functions().validate_row_data(type, data.ctypes.data, data.size))

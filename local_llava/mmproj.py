@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from local_llava.errors import ModelFileError
-from local_llava.ggml import BF16, F16, F32, Q8_0
+from local_llava.ggml_rows import QUANTIZABLE
 from local_llava.gguf_file import TYPES, GGUFFile
 from local_llava.types import Preprocessing
 
@@ -20,7 +20,7 @@ MAX_PATCHES = 4096
 MAX_ACTIVATION_BYTES = 4 << 30
 """Intermediate results of a picture. A file of a few kilobytes may name sizes that no memory holds."""
 
-_MATRIX_TYPES = (F32, F16, BF16, Q8_0)
+_MATRIX_TYPES = tuple(QUANTIZABLE)
 _LINEAR_TENSORS = ("attn_q", "attn_k", "attn_v", "attn_out", "ln1", "ln2", "ffn_up", "ffn_down")
 
 
@@ -158,32 +158,32 @@ class _Fields:
     def number(self, key: str, low: int, high: int) -> int:
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.error(f"{key} must be {low} to {high}, not {value!r}")
+            raise self.error(f"{key} must be {low} to {high}, not {value!a:.80}")
         return value
 
     def flag(self, key: str) -> bool:
         value = self.gguf.metadata.get(key, False)
         if not isinstance(value, bool):
-            raise self.error(f"{key} must be true or false, not {value!r}")
+            raise self.error(f"{key} must be true or false, not {value!a:.80}")
         return value
 
     def epsilon(self, key: str) -> float:
         value = self.get(key)
         if not isinstance(value, float) or not 0 < value < 1:
-            raise self.error(f"{key} must be between 0 and 1, not {value!r}")
+            raise self.error(f"{key} must be between 0 and 1, not {value!a:.80}")
         return value
 
     def check_kind(self) -> None:
         architecture = self.gguf.metadata.get("general.architecture")
         if architecture != "clip":
-            what = f"a model of architecture {architecture!r}" if architecture else "not a model that names itself"
+            what = f"a model of architecture {architecture!a:.80}" if architecture else "not a model that names itself"
             raise self.error(f"general.architecture: this is {what}; give the mmproj, whose architecture is 'clip'")
         if not self.flag("clip.has_vision_encoder"):
             raise self.error("clip.has_vision_encoder is not true: the file has no vision tower; give LLaVA's mmproj")
         # The first files of 2023 have no projector_type; there was one kind.
         kind = self.gguf.metadata.get("clip.projector_type", self.gguf.metadata.get("clip.vision.projector_type"))
         if kind != "mlp" and not (kind is None and self.flag("clip.has_llava_projector")):
-            raise self.error(f"clip.projector_type is {kind!r}; only LLaVA's 'mlp' is supported")
+            raise self.error(f"clip.projector_type is {kind!a:.80}; only LLaVA's 'mlp' is supported")
 
     def activation(self) -> Literal["gelu", "quick_gelu"]:
         if self.flag("clip.use_silu"):
@@ -200,7 +200,7 @@ class _Fields:
         fine = isinstance(layers, list) and 1 <= len(layers) <= 16
         if not fine or not all(type(layer) is int and 0 <= layer <= n_blocks for layer in layers):
             raise self.error(
-                f"{key} must be a list of 1 to 16 numbers from 0 to block_count {n_blocks}, not {layers!r}"
+                f"{key} must be a list of 1 to 16 numbers from 0 to block_count {n_blocks}, not {layers!a:.80}"
             )
         return tuple(layers)
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import ggml
+from local_llava import ggml, ggml_rows
 from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile, TensorInfo
 from local_llava.mmproj import TowerConfig, check_mmproj
@@ -243,19 +243,7 @@ def _read_tensor(gguf: GGUFFile, name: str, file: BinaryIO) -> NDArray[Any]:
     data = np.fromfile(file, np.uint8, info.nbytes)
     if data.size != info.nbytes:
         raise ModelFileError(f"{gguf.path}: ends inside tensor {name}: it shrank while it was read")
-    return _to_float32(info.type, data).reshape(info.shape) if _device_type(info) == ggml.F32 else data
-
-
-def _to_float32(type: int, data: NDArray[np.uint8]) -> NDArray[np.float32]:
-    if type == ggml.F32:
-        return data.view(np.float32)
-    if type == ggml.F16:
-        return data.view(np.float16).astype(np.float32)
-    if type == ggml.BF16:
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    blocks = data.view(np.dtype([("scale", "<f2"), ("values", "i1", 32)]))  # block_q8_0 of ggml-common.h
-    values: NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * blocks["values"]
-    return values.ravel()
+    return ggml_rows.dequantize(info.type, data).reshape(info.shape) if _device_type(info) == ggml.F32 else data
 
 
 def _patches(pixels: NDArray[np.float32], patch_size: int) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -18,9 +19,10 @@ import torch
 from llava_checkpoints import LAYOUTS, edit_json, random_model, save
 from safetensors.torch import load_file, save_file
 
-from local_llava.convert import convert, prepare
+from local_llava.convert import Overrides, convert, prepare
+from local_llava.convert.mixes import LLM_MIXES, MMPROJ_MIXES
 from local_llava.errors import CheckpointError, OutputError, UsageError
-from local_llava.gguf_file import GGUFFile
+from local_llava.gguf_file import TYPES, GGUFFile
 from local_llava.types import Preprocessing
 
 
@@ -153,6 +155,54 @@ def test_dry_run_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "Q4_K_M.gguf" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_shows_other_types_than_asked_for(checkpoint: Path) -> None:
+    done = command(
+        "convert",
+        checkpoint,
+        "--dry-run",
+        "--quant",
+        "q4_k_m",
+        "--mmproj-quant",
+        "q4_k",
+        "--tensor-type",
+        "attn_v=q8_0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-Q4_K_M.gguf: " in done.stdout and "checkpoint-mmproj-Q4_K.gguf: " in done.stdout
+    assert "Q8_0" in done.stdout.splitlines()[0]
+    assert "Q5_0, since Q4_K packs 256 values" in done.stdout
+    assert "Q4_K changes image features by " in done.stdout
+
+
+def test_notes_come_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
+    done = command("convert", checkpoint, "-o", tmp_path, "--mmproj-quant", "Q6_K", "--tensor-type", "attn_x=Q8_0")
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith("Note: ")]
+    assert "Note: --tensor-type attn_x meets no tensor that it could decide about" in notes
+    assert any(note.startswith("Note: Q6_K changes image features by ") for note in notes)
+    assert [Path(line).name for line in done.stdout.splitlines()] == [
+        "checkpoint-Q4_K_M.gguf",
+        "checkpoint-mmproj-Q6_K.gguf",
+    ]
+
+
+def test_types_of_single_tensors(checkpoint: Path, tmp_path: Path) -> None:
+    overrides = Overrides({"ffn_down": "Q8_0"}, output_type="F16", embedding_type="BF16")
+    files = convert(checkpoint, tmp_path, quant="Q4_0", overrides=overrides)
+    types = {t.name: TYPES[t.type].name for t in GGUFFile.open(files.model).tensors.values()}
+    assert (types["token_embd.weight"], types["output.weight"]) == ("BF16", "F16")
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0")
+    bad = command("convert", checkpoint, "-o", tmp_path / "bad", "--output-type", "Q4_K")
+    assert (bad.returncode, (tmp_path / "bad").exists()) == (2, False)
+    assert "--output-type Q4_K: the rows of output.weight have 64 columns, no multiple of 256" in bad.stderr
+
+
+@pytest.mark.parametrize("name", ["convert", "quantize"])
+def test_the_help_names_every_type(name: str) -> None:
+    words = set(re.split(r"[\s,.]+", command(name, "--help", COLUMNS="1000").stdout))
+    assert {*LLM_MIXES, *MMPROJ_MIXES} <= words
 
 
 def test_sizes_are_known_before(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import pytest
 
-from local_llava import ggml
+from local_llava import ggml, ggml_rows
+from local_llava.gguf_file import TYPES
 
 
 def rows(n_rows: int = 5, n: int = 512) -> np.ndarray:
@@ -52,18 +53,51 @@ def test_importing_the_module_loads_no_library() -> None:
 def test_quantized_rows_are_those_that_gguf_reads_back(name: str) -> None:
     number = gguf.GGMLQuantizationType[name]
     data = rows()
-    packed = ggml.quantize_chunk(number, data)
-    assert packed.shape == (5, ggml.row_size(number, 512)) and ggml.validate_row_data(number, packed)
+    packed = ggml_rows.quantize_chunk(number, data)
+    assert packed.shape == (5, ggml_rows.row_size(number, 512)) and ggml_rows.validate_row_data(number, packed)
     block, size = gguf.GGML_QUANT_SIZES[number]
-    assert ggml.block_size(number) == block and packed.shape[1] == 512 // block * size
+    assert ggml_rows.block_size(number) == block and packed.shape[1] == 512 // block * size
     back = gguf.quants.dequantize(packed, number)
     worst = {"Q4_0": 0.1, "Q8_0": 0.006, "Q4_K": 0.08, "Q6_K": 0.02, "F16": 3e-4, "BF16": 2e-3, "F32": 0}[name]
     assert np.linalg.norm(back - data) <= worst * np.linalg.norm(data)
-    assert np.array_equal(ggml.quantize_chunk(number, data[2:4]), packed[2:4]), "rows are independent"
+    assert np.array_equal(ggml_rows.quantize_chunk(number, data[2:4]), packed[2:4]), "rows are independent"
+
+
+@pytest.mark.parametrize("name", ggml_rows.QUANTIZABLE.values())
+def test_dequantized_rows_are_those_that_gguf_reads(name: str) -> None:
+    number = gguf.GGMLQuantizationType[name]
+    packed = ggml_rows.quantize_chunk(number, rows())
+    back = ggml_rows.dequantize(number, packed)
+    assert back.dtype == np.float32 and back.shape == (5 * 512,)
+    assert np.array_equal(back.reshape(5, 512), gguf.quants.dequantize(packed, number))
+
+
+def test_every_float16_is_read_exactly() -> None:
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    expected = halves.astype(np.float32)
+    found = ggml_rows.dequantize(ggml.F16, halves.view(np.uint8))
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(found[expected == 0]), np.signbit(expected[expected == 0]))
+
+
+def test_types_of_weights_can_be_dequantized() -> None:
+    names = {TYPES[number].name for number in TYPES if not ggml_rows.has_dequantizer(number)}
+    assert names == {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
+    assert not any(ggml_rows.has_dequantizer(number) for number in (-1, 4, 5, 31, 43, 99, 1 << 40))
+
+
+def test_what_cannot_be_dequantized_is_refused() -> None:
+    packed = ggml_rows.quantize_chunk(ggml.Q8_0, rows())
+    for number, data in ((9, packed), (99, packed), (ggml.Q8_0, packed.ravel()[1:]), (ggml.Q8_0, packed.view(np.int8))):
+        with pytest.raises(ValueError, match=r"."):
+            ggml_rows.dequantize(number, data)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        ggml_rows.dequantize(ggml.Q8_0, packed[:, ::2])
 
 
 def test_no_rows_make_no_bytes() -> None:
-    assert ggml.quantize_chunk(ggml.Q8_0, rows(0)).shape == (0, 544)
+    assert ggml_rows.dequantize(ggml.Q8_0, np.empty(0, np.uint8)).shape == (0,)
+    assert ggml_rows.quantize_chunk(ggml.Q8_0, rows(0)).shape == (0, 544)
 
 
 @pytest.mark.parametrize(
@@ -84,15 +118,15 @@ def test_no_rows_make_no_bytes() -> None:
 )
 def test_what_ggml_would_abort_for_is_refused(number: int, data: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"."):
-        ggml.quantize_chunk(number, data)
+        ggml_rows.quantize_chunk(number, data)
 
 
 def test_damaged_scales_are_seen() -> None:
-    packed = ggml.quantize_chunk(ggml.Q8_0, rows())
+    packed = ggml_rows.quantize_chunk(ggml.Q8_0, rows())
     packed[1, :2] = 0xFF  # a float16 NaN
-    assert not ggml.validate_row_data(ggml.Q8_0, packed)
+    assert not ggml_rows.validate_row_data(ggml.Q8_0, packed)
     with pytest.raises(ValueError, match="whole blocks of 34 bytes"):
-        ggml.validate_row_data(ggml.Q8_0, packed.ravel()[1:])
+        ggml_rows.validate_row_data(ggml.Q8_0, packed.ravel()[1:])
 
 
 def test_names_outside_the_table_say_so() -> None:

@@ -302,7 +302,7 @@ REFUSED: list[tuple[Callable[[Metadata, Metadata], None], str]] = [
     (set_tensor("v.blk.1.attn_q.weight", (64, 32)), "tensor v.blk.1.attn_q.weight has shape [64, 32]"),
     (
         set_tensor("v.blk.1.attn_q.weight", (64, 64), np.int32),
-        "tensor v.blk.1.attn_q.weight is I32; F32, F16, BF16, Q8_0",
+        "tensor v.blk.1.attn_q.weight is I32; F32, F16, Q4_0",
     ),
     (set_tensor("model.image_newline", (96,)), "tensor 'model.image_newline' belongs to a model of another kind"),
     (set_tensor("v.blk.0.attn_q_norm.weight", (16,)), "tensor 'v.blk.0.attn_q_norm.weight' belongs to"),

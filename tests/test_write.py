@@ -29,6 +29,7 @@ from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
 from local_llava.convert.quantize import encode_rows
 from local_llava.convert.write import Pending, check_writable, output_size, write
 from local_llava.errors import CheckpointError, OutputError
+from local_llava.gguf_file import GGUFFile
 
 ARCHITECTURE = Field("general.architecture", "llama", V.STRING)
 
@@ -129,6 +130,14 @@ def test_metadata_of_every_kind(tmp_path: Path) -> None:
     for key, value, type, item_type in kept:
         assert reader.fields[key].contents() == value
         assert reader.fields[key].types == [type] + ([item_type] if item_type is not None else [])
+
+
+def test_strings_that_are_not_utf8_are_written_as_they_were_read(tmp_path: Path) -> None:
+    tokens = [b"\xff", "é".encode()[:1], b"\xed\xa0\x80", b"plain"]
+    write(GGUFPlan((Field("tokens", tokens, V.ARRAY, V.STRING),), ()), tmp_path / "bytes.gguf")
+    read = GGUFFile.open(tmp_path / "bytes.gguf").metadata["tokens"]
+    write(GGUFPlan((Field("tokens", read, V.ARRAY, V.STRING),), ()), tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "bytes.gguf").read_bytes()
 
 
 def test_an_array_without_item_type_is_a_defect(tmp_path: Path) -> None:

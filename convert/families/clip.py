@@ -18,6 +18,9 @@ from local_llava.types import Preprocessing
 IGNORED = ("embeddings.position_ids", "post_layernorm.weight", "post_layernorm.bias")
 """LLaVA takes its features before these are applied."""
 
+MAX_GRID = 64
+"""Patches in a row; the runtime takes no more."""
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -47,12 +50,16 @@ def read_config(config: Config, feature_layer: int) -> ClipConfig:
     """
     config.choice("model_type", "clip_vision_model", ("clip_vision_model",))
     config.integer("num_channels", 3, 3, 3)
-    n_embd = config.integer("hidden_size", 768, 1, 1 << 16)
+    n_embd = config.integer("hidden_size", 768, 1, 1 << 14)
     n_head = config.integer("num_attention_heads", 12, 1, 1 << 12)
     if n_embd % n_head:
         raise CheckpointError(f"{config.name('num_attention_heads')}: {n_head} does not divide hidden_size {n_embd}")
     image_size = config.integer("image_size", 224, 1, 4096)
     patch_size = config.integer("patch_size", 32, 1, image_size)
+    if image_size // patch_size > MAX_GRID:
+        raise CheckpointError(
+            f"{config.name('patch_size')}: {patch_size} makes more than {MAX_GRID} x {MAX_GRID} patches of a picture"
+        )
     n_layer = config.integer("num_hidden_layers", 12, 1, 512)
     layer = feature_layer + n_layer + 1 if feature_layer < 0 else feature_layer
     if not 0 <= layer <= n_layer:
@@ -61,12 +68,12 @@ def read_config(config: Config, feature_layer: int) -> ClipConfig:
         )
     return ClipConfig(
         n_embd=n_embd,
-        n_ff=config.integer("intermediate_size", 3072, 1, 1 << 20),
+        n_ff=config.integer("intermediate_size", 3072, 1, 1 << 16),
         n_layer=n_layer,
         n_head=n_head,
         image_size=image_size,
         patch_size=patch_size,
-        eps=config.number("layer_norm_eps", 1e-5, 0, 1),
+        eps=config.number("layer_norm_eps", 1e-5, 1e-12, 0.1),
         activation=config.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
         feature_layer=layer,
     )

@@ -90,7 +90,7 @@ def _feature_layer(config: Config) -> int:
     if isinstance(value, list):
         if len(value) != 1:
             raise CheckpointError(
-                f"{config.name('vision_feature_layer')} must be one layer, not {value!r}: several are not supported"
+                f"{config.name('vision_feature_layer')} must be one layer, not {value!a:.80}: several are not supported"
             )
         config = Config(config.path, {"vision_feature_layer": value[0]}, config.section)
     return config.integer("vision_feature_layer", -2, -1000, 1000)
