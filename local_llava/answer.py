@@ -6,7 +6,8 @@ Knows the language model's logits and vocabulary. Does not know how the prompt c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from local_llava.constraint import Constraint
 from local_llava.llm import LLM
 from local_llava.text import AnswerText
 from local_llava.types import Chunk, FinishReason, Options, Reply, Timings, TokenLogprob
+
+log = logging.getLogger("local_llava")
 
 
 class Answer:
@@ -52,11 +55,11 @@ class Answer:
                 if logits[token] == -np.inf:  # by rounding, the last of the candidates may be one that is not allowed
                     token = int(logits.argmax())
                 self.n_sampled += 1
+                if self._constraint is not None:
+                    self._constraint.accept(token)
                 if self._llm.ends_turn(token):
                     self._reason = "stop"
                     return
-                if self._constraint is not None:
-                    self._constraint.accept(token)
                 yield self._take(token, logprobs)
                 if self._text.stopped:
                     self._reason = "stop"
@@ -71,7 +74,7 @@ class Answer:
         """The rest of the text, with the whole answer."""
         rest = self._text.push(self._detokenizer.finish()) + self._text.finish()
         text = "".join([*self._pieces, rest])
-        complete = self._constraint is not None and self._constraint.finished and not self._text.stopped
+        complete = self._constraint is not None and self._constraint.complete and not self._text.stopped
         reply = Reply(
             text,
             tuple(self._tokens),
@@ -109,7 +112,16 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _parse(text: str, schema: Any) -> Any:
-    """The value of a complete JSON answer; an instance where the schema was given as a pydantic model."""
-    if isinstance(schema, type) and hasattr(schema, "model_validate_json"):
-        return schema.model_validate_json(text)
-    return json.loads(text)
+    """The value of a complete JSON answer; an instance where the schema was given as a pydantic model or type."""
+    if schema is None or isinstance(schema, (str, bool, Mapping)):
+        return json.loads(text)
+    validate = getattr(schema, "model_validate_json", None) or getattr(schema, "validate_json", None)
+    if validate is None:
+        from pydantic import TypeAdapter
+
+        validate = TypeAdapter(schema).validate_json
+    try:
+        return validate(text)
+    except ValueError as e:  # validators of the caller's own ask for more than a schema can say
+        log.warning("the answer follows the schema, but %r refuses it: %s", schema, str(e).splitlines()[0])
+        return None

@@ -94,6 +94,8 @@ class Context:
         """
         total = self._check_fits(request)
         constraint = self._constraint(request.schema)
+        if constraint is not None:
+            constraint.require(min(request.options.max_tokens, self._llm.n_ctx - total))
         started = time.perf_counter()
         embeddings, n_encoded = self._encode(request)
         encoded = time.perf_counter()

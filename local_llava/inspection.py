@@ -76,11 +76,11 @@ def describe(contents: Contents) -> Iterator[str]:
         sizes[t.type] += t.nbytes
     for name, size in sizes.most_common():
         count = sum(t.type == name for t in contents.tensors)
-        yield f"  {name:5} {count:5} tensors {human_size(size):>10}"
+        yield f"  {name:6} {count:5} tensors {human_size(size):>10}"
     yield ""
     width = max((len(t.name) for t in contents.tensors), default=0)
     for t in contents.tensors:
-        yield f"  {t.name:{width}}  {t.type:5} {human_size(t.nbytes):>10}  {list(t.shape)}"
+        yield f"  {t.name:{width}}  {t.type:6} {human_size(t.nbytes):>10}  {list(t.shape)}"
 
 
 def _short(value: Any) -> str:

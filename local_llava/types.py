@@ -186,7 +186,8 @@ class Reply:
     tokens: tuple[int, ...]
     """Token ids of the answer, without the end of turn."""
     finish_reason: FinishReason
-    """"stop": the model ended its turn or wrote a stop text; "length": max_tokens or the context was reached."""
+    """"stop": the model ended its turn, wrote a stop text, or the JSON is complete; "length": max_tokens or the context
+    was reached before."""
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `tokens`, if they were asked for."""

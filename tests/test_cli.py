@@ -259,7 +259,7 @@ def test_a_directory_with_two_models(home: Path, pair: ModelFiles, scene: Path, 
 def test_bad_pictures(home: Path, pair: ModelFiles, scene: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(scene.read_bytes()[:-200])
-    for name, said in (("text.png", "PNG and JPEG"), ("cut.png", "truncated"), ("none.png", "No such file")):
+    for name, said in (("text.png", "accepted are PNG, JPEG"), ("cut.png", "truncated"), ("none.png", "No such file")):
         done = run(home, "ask", "-m", pair.model, tmp_path / name, "What?", code=1)
         assert len(done.stderr.splitlines()) == 1 and name in done.stderr and said in done.stderr
 

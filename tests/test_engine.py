@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -10,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import json_schemas
+import jsonschema
 import numpy as np
+import pydantic
 import pytest
 from llava_checkpoints import TINY, random_model, save
 from PIL import Image
@@ -20,6 +24,7 @@ from PIL import Image
 from local_llava import EngineError, Llava, Message, Options, PromptError, UsageError, memory
 from local_llava.convert import convert
 from local_llava.gguf_file import GGUFFile
+from local_llava.json_schema import compile_schema
 from local_llava.llm_file import check_llm
 from local_llava.types import ModelFiles
 
@@ -237,6 +242,65 @@ def test_several_pictures_are_warned_of_once(files: ModelFiles, caplog: pytest.L
     assert [r.message for r in caplog.records if "trained on one" in r.message] == [
         "2 pictures in one conversation: LLaVA was trained on one, and may mix them up"
     ]
+
+
+# --- schemas ---
+
+
+def test_a_random_model_follows_200_schemas(tmp_path: Path, scene: Image.Image) -> None:
+    """With a picture, at temperature 1, under two budgets; what max_tokens is too small for is refused beforehand."""
+    files = convert(save(random_model({"max_position_embeddings": 2048}), tmp_path / "checkpoint"), tmp_path / "out")
+    made = ((f"made {seed}", json_schemas.make(seed)) for seed in range(10_000))
+    schemas = {**json_schemas.BY_HAND}
+    while len(schemas) < 200:
+        name, schema = next(made)
+        with contextlib.suppress(UsageError):
+            compile_schema(schema)
+            schemas[name] = schema
+    n_refused = 0
+    with Llava.load(files.model, files.mmproj, n_threads=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) as llava:
+        for i, (name, schema) in enumerate(schemas.items()):
+            options = {"json_schema": schema, "seed": i, "max_tokens": (600, 60)[i % 2]}
+            try:
+                reply = llava.ask("Read the picture.", scene, **options)
+            except UsageError as e:
+                assert "max_tokens" in str(e), name
+                n_refused += 1
+                continue
+            assert reply.finish_reason == "stop", name
+            assert reply.parsed == json.loads(reply.text), name
+            jsonschema.validate(reply.parsed, schema)
+    assert n_refused < 20
+
+
+def test_pydantic_models_come_back_as_instances(llava: Llava, scene: Image.Image) -> None:
+    class Shape(pydantic.BaseModel):
+        kind: Literal["circle", "square", "star"]
+        size: int = pydantic.Field(ge=1, le=9)
+
+    class Scene(pydantic.BaseModel):
+        shapes: list[Shape] = pydantic.Field(min_length=1, max_length=3)
+        note: str | None = None
+
+    reply = llava.ask(QUESTION, scene, json_schema=Scene, temperature=1.0)
+    assert isinstance(reply.parsed, Scene) and reply.finish_reason == "stop"
+    shapes = llava.ask(QUESTION, scene, json_schema=pydantic.TypeAdapter(tuple[Shape, Shape])).parsed
+    assert [type(s) for s in shapes] == [Shape, Shape]
+    assert isinstance(llava.ask(QUESTION, scene, json_schema=dict[str, Shape], temperature=1.0).parsed, dict)
+
+    class Never(pydantic.BaseModel):
+        n: int
+
+        @pydantic.field_validator("n")
+        @classmethod
+        def refuse(cls, n: int) -> int:
+            raise ValueError("never")
+
+    assert llava.ask(QUESTION, scene, json_schema=Never).parsed is None
+    cut = llava.ask(QUESTION, scene, json_schema={"type": "string"}, stop=['"'])
+    assert cut.parsed is None, "a stop text cut it off"
+    with pytest.raises(UsageError, match="not"):
+        llava.ask(QUESTION, scene, json_schema={"not": {}})
 
 
 # --- memory ---
