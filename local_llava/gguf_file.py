@@ -305,10 +305,10 @@ class _Reader:
         return result
 
     def name(self, what: str, limit: int) -> str:
-        """A key or a tensor name: C strings in ggml, so no zero inside."""
+        """A key or a tensor name: C strings in ggml, so no zero inside; and UTF-8 that a line can show."""
         text = self.string(what, limit)
-        if not 1 <= len(text.encode(errors="surrogateescape")) <= limit or "\0" in text:
-            raise self.error(f"{what} is {_quote(text)}; 1 to {limit} bytes without a zero are accepted")
+        if not 1 <= len(text.encode(errors="surrogateescape")) <= limit or not text.isprintable():
+            raise self.error(f"{what} is {_quote(text)}; 1 to {limit} bytes of printable text are accepted")
         return text
 
     def read_metadata(self, n: int) -> tuple[dict[str, Any], dict[str, str]]:

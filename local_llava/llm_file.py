@@ -38,7 +38,7 @@ _NUMBERS: dict[str, tuple[str, bool, float, float]] = {
     "attention.head_count_kv": ("u32", False, 1, 1 << 10),
     "attention.key_length": ("u32", False, 2, 1 << 12),
     "attention.value_length": ("u32", False, 2, 1 << 12),
-    "attention.layer_norm_rms_epsilon": ("f32", True, 1e-12, 1e-1),
+    "attention.layer_norm_rms_epsilon": ("f32", True, 1e-13, 1),
     "rope.dimension_count": ("u32", False, 2, 1 << 12),
     "rope.freq_base": ("f32", False, 1, 1e12),
     "rope.scaling.factor": ("f32", False, 0, 1e6),
@@ -172,7 +172,7 @@ def _check_architecture(gguf: GGUFFile) -> None:
     for key, (kind, accepted, meaning) in _ONLY.items():
         _check_type(gguf, key, kind)
         if gguf.metadata.get(key, accepted) != accepted:
-            raise _error(gguf, key, f"is {gguf.metadata[key]!a}: {meaning}")
+            raise _error(gguf, key, f"is {gguf.metadata[key]!a:.80}: {meaning}")
     for key, kind in _OTHER_TYPES.items():
         _check_type(gguf, key, kind)
     scaling = gguf.metadata.get("llama.rope.scaling.type", "none")

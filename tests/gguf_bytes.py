@@ -136,3 +136,21 @@ class TinyLLM:
     @property
     def bytes(self) -> bytes:
         return gguf([(key, *value) for key, value in self.entries.items()], self.tensors.values())
+
+
+def tiny_sentencepiece() -> TinyLLM:
+    """A model with a SentencePiece vocabulary."""
+    model = TinyLLM()
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581he", "he", "e", "h", "l", "o"]
+    model.entries |= {
+        "tokenizer.ggml.model": ("str", "llama"),
+        "tokenizer.ggml.pre": ("str", "default"),
+        "tokenizer.ggml.tokens": ("arr[str]", tokens),
+        "tokenizer.ggml.scores": ("arr[f32]", [0.0] * 259 + [-1.0] * 6),
+        "tokenizer.ggml.token_type": ("arr[i32]", [2, 3, 3] + [6] * 256 + [1] * 6),
+        "tokenizer.ggml.bos_token_id": ("u32", 1),
+        "tokenizer.ggml.eos_token_id": ("u32", 2),
+    }
+    for key in ("tokenizer.ggml.merges", "tokenizer.ggml.eot_token_id"):
+        del model.entries[key]
+    return model
