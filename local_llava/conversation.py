@@ -30,11 +30,10 @@ def as_messages(conversation: Conversation, images: Images = (), system: str | N
     Raises:
         UsageError: A turn is malformed, or the order of turns makes no sense.
     """
-    if isinstance(conversation, str):
-        conversation = [Message("user", conversation)]
-    if not isinstance(conversation, Sequence) or not conversation:
+    turns = [Message("user", conversation)] if isinstance(conversation, str) else conversation
+    if not isinstance(turns, Sequence) or not turns:
         raise UsageError("a conversation must be a question or a list of messages, and not empty")
-    messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(conversation)]
+    messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
     if messages[-1].role != "user":
         raise UsageError(f"the last message must be the user's, not of role {messages[-1].role!r}")
     if any(m.role == "system" for m in messages[1:]):
@@ -58,6 +57,7 @@ def as_list(images: Images) -> list[ImageLike]:
 
 
 def _message(turn: Message | Mapping[str, Any], where: str) -> Message:
+    role: object
     if isinstance(turn, Message):
         role, text, images = turn.role, turn.text, tuple(turn.images)
     elif isinstance(turn, Mapping):

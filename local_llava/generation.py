@@ -122,7 +122,8 @@ class Context:
         embeddings, _ = self._encode(request)
         for _ in self._prefill(request, embeddings, total):
             pass
-        return self._llm.logits().copy()
+        logits: NDArray[np.float32] = self._llm.logits().copy()
+        return logits
 
     def embeddings(self, pictures: Sequence[Picture]) -> dict[bytes, NDArray[np.float32]]:
         """Image embeddings by the picture's digest: float32 [n_tokens, n_embd]."""
