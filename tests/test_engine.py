@@ -319,7 +319,7 @@ def test_the_estimate_covers_what_llama_cpp_takes(tmp_path: Path) -> None:
         "me = psutil.Process()\n"
         "before = me.memory_info().rss\n"
         "with Llava.load(sys.argv[1], sys.argv[2], n_ctx=8192, n_threads=1) as llava:\n"
-        "    llava.ask('word ' * 1500, Image.new('RGB', (40, 30)), max_tokens=2)\n"
+        "    llava.ask('word ' * 200, Image.new('RGB', (40, 30)), max_tokens=2)\n"
         "    print(me.memory_info().rss - before)\n"
     )
     done = subprocess.run(
