@@ -63,7 +63,8 @@ class Config:
     def numbers(self, key: str, default: Sequence[float], count: int) -> tuple[float, ...]:
         value = self._get(key, list(default))
         good = isinstance(value, list) and len(value) == count
-        if not good or any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in value):
+        # JSON can hold numbers that no float can.
+        if not good or any(not isinstance(v, (int, float)) or isinstance(v, bool) or abs(v) > 1e30 for v in value):
             raise CheckpointError(f"{self.name(key)} must be a list of {count} numbers, not {value!a:.80}")
         return tuple(float(v) for v in value)
 

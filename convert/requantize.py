@@ -150,7 +150,7 @@ def prepare_gguf(
         check_mmproj(gguf)
         assignment = tensor_types.mmproj_types(mix, tensors)
     else:
-        raise ModelFileError(f"{source}: general.architecture is {architecture!a}; llama and clip are supported")
+        raise ModelFileError(f"{source}: general.architecture is {architecture!a:.80}; llama and clip are supported")
     plans = tuple(_plan(gguf, tensor, assignment.types[tensor.name]) for tensor in tensors)
     if not allow_requantize:
         _refuse_quantized(source, tensors, assignment)
@@ -162,7 +162,7 @@ def _llm_types(gguf: GGUFFile, mix: Mix, tensors: list[Tensor], overrides: Overr
     def number(key: str, high: int, default: int | None = None) -> int:
         value = gguf.metadata.get(f"llama.{key}", default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-            raise ModelFileError(f"{gguf.path}: llama.{key} must be a number from 1 to {high}, not {value!a}")
+            raise ModelFileError(f"{gguf.path}: llama.{key} must be a number from 1 to {high}, not {value!a:.80}")
         return value
 
     if gguf.metadata.get("llama.expert_count", 0) != 0:

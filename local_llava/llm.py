@@ -38,14 +38,20 @@ KV_TYPES: dict[KVType, int] = {"F32": 0, "F16": 1, "Q8_0": 8}
 PENALTY_WINDOW = 64
 """Tokens that the repeat penalty looks back on."""
 
-_last_error = ""
+_first_error = ""
+"""What llama.cpp logged first in the call under way: it names the reason, and the lines after it only the caller."""
 
 
 def _on_log(level: int, text: bytes, user_data: object) -> None:
-    global _last_error
-    if level == 4 and text.strip():
-        _last_error = text.decode("utf-8", "replace").strip()
+    global _first_error
+    if level == 4 and not _first_error:
+        _first_error = " ".join(text.decode("utf-8", "replace").split())[:500]
     ggml.on_log(level, text, None)
+
+
+def _forget_error() -> None:
+    global _first_error
+    _first_error = ""
 
 
 # llama.cpp keeps the pointer: it must live as long as the process.
@@ -192,10 +198,11 @@ class LLM:
         batch.n_seq_id = n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[sequence] * n)
         batch.logits = output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        _forget_error()
         status = c.llama_decode(self._context, batch)
         if status != 0:
             raise EngineError(
-                f"llama.cpp cannot evaluate {n} tokens (status {status}): {_last_error or 'no reason given'}"
+                f"llama.cpp cannot evaluate {n} tokens (status {status}): {_first_error or 'no reason given'}"
             )
         self.n_past += n
 
@@ -249,8 +256,7 @@ class Sampler:
 
 
 def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
-    global _last_error
-    _last_error = ""
+    _forget_error()
     params = c.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     overrides = _kv_overrides(config)
@@ -261,7 +267,7 @@ def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
     # llama.cpp takes the path in the file system's own encoding.
     model = c.llama_model_load_from_file(os.fsencode(config.path), params)
     if not model:
-        raise EngineError(f"{config.path}: llama.cpp cannot load it: {_last_error or 'no reason given'}")
+        raise EngineError(f"{config.path}: llama.cpp cannot load it: {_first_error or 'no reason given'}")
     return int(model)
 
 
@@ -293,9 +299,10 @@ def _new_context(config: LLMConfig, model: int, n_ctx: int, kv_type: int, n_thre
         # Flash attention rounds on the way: logits off by up to 1e-2, against 1e-5 without.
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_perf = True
+    _forget_error()
     context = c.llama_init_from_model(model, params)
     if not context:
-        raise EngineError(f"{config.path}: no context of {n_ctx} tokens: {_last_error or 'no reason given'}")
+        raise EngineError(f"{config.path}: no context of {n_ctx} tokens: {_first_error or 'no reason given'}")
     return int(context)
 
 

@@ -97,7 +97,7 @@ def check_vocab(gguf: GGUFFile) -> Vocab:
     model = checks.text("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise checks.error(
-            "tokenizer.ggml.model", f"is {model!a}; supported are gpt2 (byte-level BPE) and llama (SentencePiece)"
+            "tokenizer.ggml.model", f"is {model[:40]!a}; supported are gpt2 (byte-level BPE) and llama (SentencePiece)"
         )
     for key, kind in _TYPES.items():
         checks.typed(key, kind)

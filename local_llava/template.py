@@ -103,6 +103,9 @@ class _Limited(ImmutableSandboxedEnvironment):
         self.weigh(*parts)
         return "".join(str(p) for p in parts)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Leave `format` what it is, a method that `call` refuses: jinja's safe one makes texts of any width."""
+
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self.spend(self.cost)
         self.weigh(*args, *kwargs.values())
@@ -201,4 +204,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     # A template is a program: whatever it raises, the fault is the template's.
     except (Exception, RecursionError) as e:
         raise PromptError(f"the model's chat template fails: {type(e).__name__}: {str(e)[:200]}") from e
-    return "".join(parts)
+    text = "".join(parts)
+    if any("\ud800" <= ch <= "\udfff" for ch in text):  # of an escape, or of bytes that were no UTF-8
+        raise PromptError("the model's chat template writes what is not valid Unicode text")
+    return text

@@ -260,22 +260,26 @@ class Preprocessing:
         size = metadata.get("clip.vision.image_size")
         triples = [metadata.get(f"clip.vision.image_{name}") for name in ("mean", "std")]
         if not isinstance(size, int) or not 1 <= size <= 4096:
-            raise ModelFileError(f"{where}: clip.vision.image_size must be 1 to 4096, not {size!r}")
+            raise ModelFileError(f"{where}: clip.vision.image_size must be 1 to 4096, not {size!a:.80}")
         for name, triple in zip(("mean", "std"), triples, strict=True):
             if not (
                 isinstance(triple, (list, tuple)) and len(triple) == 3 and all(isinstance(v, float) for v in triple)
             ):
-                raise ModelFileError(f"{where}: clip.vision.image_{name} must be three numbers, not {triple!r}")
+                raise ModelFileError(f"{where}: clip.vision.image_{name} must be three numbers, not {triple!a:.80}")
         mean, std = (tuple(t) for t in triples if t is not None)
         if values.get("mode", "crop") not in ("crop", "pad", "resize"):
-            raise ModelFileError(f"{where}: {cls.KEYS['mode']} must be crop, pad or resize, not {values['mode']!r}")
+            raise ModelFileError(f"{where}: {cls.KEYS['mode']} must be crop, pad or resize, not {values['mode']!a:.80}")
         if values.get("resample", 3) not in range(6):
-            raise ModelFileError(f"{where}: {cls.KEYS['resample']} must be 0 to 5, not {values['resample']!r}")
+            raise ModelFileError(f"{where}: {cls.KEYS['resample']} must be 0 to 5, not {values['resample']!a:.80}")
         edge, rescale = values.get("shortest_edge", size), values.get("rescale", 1 / 255)
         if not isinstance(edge, int) or not size <= edge <= 8192:
-            raise ModelFileError(f"{where}: {cls.KEYS['shortest_edge']} must be {size} to 8192, not {edge!r}")
-        if not isinstance(rescale, float) or not 0 < rescale <= 1 or not all(0 < v < 1e6 for v in std):
-            raise ModelFileError(f"{where}: rescale factor and image_std must be positive numbers")
+            raise ModelFileError(f"{where}: {cls.KEYS['shortest_edge']} must be {size} to 8192, not {edge!a:.80}")
+        # Beyond these, pixels would overflow float32, or the colour of the bars in mode "pad" an integer.
+        if not isinstance(rescale, float) or not 1e-6 <= rescale <= 1:
+            raise ModelFileError(f"{where}: {cls.KEYS['rescale']} must be 1e-6 to 1, not {rescale!a:.80}")
+        for name, triple, low, high in (("mean", mean, -1000, 1000), ("std", std, 1e-7, 1e6)):
+            if not all(low <= v <= high for v in triple):
+                raise ModelFileError(f"{where}: clip.vision.image_{name} must be {low:g} to {high:g}, not {triple!a}")
         return cls(image_size=size, mean=mean, std=std, **values)
 
 

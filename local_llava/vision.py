@@ -224,7 +224,8 @@ def _load_weights(gguf: GGUFFile, config: TowerConfig, backend: _Backend, stack:
                 data = _read_tensor(gguf, name, file)
                 if name == "v.position_embd.weight":
                     # Row 0 of the graph's input is zero, so the class token enters with its position.
-                    data[0] += _read_tensor(gguf, "v.class_embd", file)
+                    with np.errstate(all="ignore"):  # numpy would print a warning of a damaged file's numbers
+                        data[0] += _read_tensor(gguf, "v.class_embd", file)
                 g.backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
     except OSError as error:
         raise ModelFileError(f"{gguf.path}: cannot be read: {error.strerror or error}") from error

@@ -185,6 +185,17 @@ def test_hostile_templates_are_stopped(template: str) -> None:
     assert time.process_time() - started < 60  # it ends at all; the budget keeps it to a few seconds
 
 
+def test_format_is_refused_before_it_fills_the_memory() -> None:
+    with pytest.raises(PromptError, match=r"calls format\(\) of a string"):
+        render("{{ '{:>999999999}'.format(1) }}", {"messages": []})
+
+
+@pytest.mark.parametrize("template", [r"{{ '\ud800' }}", "x\udcff"])
+def test_what_a_template_writes_must_be_text(template: str) -> None:
+    with pytest.raises(PromptError, match="not valid Unicode"):
+        render(template, {"messages": []})
+
+
 def test_what_real_templates_use() -> None:
     template = (
         "{%- set ns = namespace(n=0) -%}{%- for m in messages if m.role != 'system' -%}"

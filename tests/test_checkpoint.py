@@ -13,7 +13,7 @@ import pytest
 
 from local_llava.convert.checkpoint import MAX_JSON_BYTES, Checkpoint, SourceTensor, read_json
 from local_llava.convert.config import Config
-from local_llava.convert.families import clip, llava
+from local_llava.convert.families import clip, llama, llava
 from local_llava.convert.preprocessing import read_preprocessing
 from local_llava.errors import CheckpointError
 
@@ -107,6 +107,12 @@ def test_pixels_that_are_no_numbers(tmp_path: Path, entry: str, value: float) ->
         read_preprocessing(tmp_path, 28)
 
 
+def test_a_number_that_no_float_can_hold(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 10**400]}))
+    with pytest.raises(CheckpointError, match=r"image_mean must be a list of 3 numbers, not \[0.5, 0.5, 1000"):
+        read_preprocessing(tmp_path, 28)
+
+
 def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     for values in ({"size": {"height": "x" * 5000, "width": 1}}, {"size": "x" * 5000}, {"crop_size": "x" * 5000}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
@@ -118,6 +124,15 @@ def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vision_feature_layer must be one layer, not \[1, 1") as caught:
         llava.take_apart(Checkpoint(tmp_path, {"vision_feature_layer": [1] * 5000}, tensors))
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("rms_norm_eps", 0), ("hidden_size", 1 << 18), ("num_attention_heads", 1 << 11), ("vocab_size", 1 << 23)],
+)
+def test_a_decoder_that_the_runtime_would_refuse(tmp_path: Path, entry: str, value: float) -> None:
+    with pytest.raises(CheckpointError, match=rf"config.json: text_config.{entry}"):
+        llama.read_config(Config(tmp_path / "config.json", {entry: value}, "text_config"))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import gguf_bytes
 import numpy as np
 import pytest
 from llava_checkpoints import TINY, random_model, save
@@ -137,6 +138,14 @@ def test_inspect(home: Path, pair: ModelFiles) -> None:
     assert contents["metadata"]["clip.projector_type"] == "mlp"
     assert {"name": "mm.2.weight", "type": "F16", "shape": [256, 256], "bytes": 131072} in contents["tensors"]
     assert "vision_tower" in run(home, "inspect", TINY).stdout
+
+
+def test_inspect_a_file_whose_texts_are_no_text(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf_bytes.gguf([("a", "str", b"\xff"), ("b", "arr[str]", [b"\xc3", "\u00e9"])]))
+    assert r"a = '\udcff'" in run(home, "inspect", path).stdout
+    metadata = json.loads(run(home, "inspect", "--json", path).stdout)["metadata"]
+    assert metadata == {"a": "\udcff", "b": ["\udcc3", "\u00e9"]}
 
 
 def test_a_closed_pipe_is_no_crash(home: Path, pair: ModelFiles) -> None:

@@ -18,6 +18,7 @@ import jsonschema
 import numpy as np
 import pydantic
 import pytest
+from gguf_bytes import TinyLLM
 from llava_checkpoints import TINY, random_model, save
 from PIL import Image
 
@@ -25,6 +26,7 @@ from local_llava import EngineError, Llava, Message, Options, PromptError, Usage
 from local_llava.convert import convert
 from local_llava.gguf_file import GGUFFile
 from local_llava.json_schema import compile_schema
+from local_llava.llm import LLM
 from local_llava.llm_file import check_llm
 from local_llava.types import ModelFiles
 
@@ -329,6 +331,16 @@ def test_the_estimate_covers_what_llama_cpp_takes(tmp_path: Path) -> None:
     config = check_llm(GGUFFile.open(files.model))
     needed = memory.need(config, files, 1 << 20, 8192, Options())
     assert taken <= needed.total <= 2 * taken, (taken, needed)
+
+
+def test_llama_cpps_own_reason_is_told(tmp_path: Path) -> None:
+    """It logs several lines for a file that it does not load; the first one names what is wrong."""
+    model = TinyLLM()
+    model.entries["tokenizer.ggml.normalizer.lowercase"] = ("str", "x")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(model.bytes)
+    with pytest.raises(EngineError, match=r"m\.gguf: llama\.cpp cannot load it: .*normalizer\.lowercase"):
+        LLM.load(path, n_ctx=256, n_threads=1)
 
 
 def test_too_little_memory_is_told_with_the_numbers(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,6 +320,7 @@ BAD_ENTRIES: list[tuple[str, str, Any, str]] = [
     ("llama.embedding_length_out", "u32", 32, "must equal embedding_length, 64"),
     ("tokenizer.ggml.model", "", None, "is missing"),
     ("tokenizer.ggml.model", "str", "rwkv", "is 'rwkv'; supported are gpt2"),
+    ("tokenizer.ggml.model", "str", "x" * 5000, "is 'xxxx"),
     ("tokenizer.ggml.model", "str", "no_vocab", "is 'no_vocab'; supported are gpt2"),
     ("tokenizer.ggml.pre", "str", "tekken", "is 'tekken'; supported is llama-bpe"),
     ("tokenizer.ggml.tokens", "", None, "is missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf_bytes import Entry, gguf
@@ -46,4 +47,25 @@ def test_long_values_are_shortened_in_messages(key: str, tmp_path: Path) -> None
     with pytest.raises(ModelFileError) as caught:
         check_mmproj(GGUFFile.open(path))
     assert key in str(caught.value) and "'xxx" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("clip.vision.image_mean", "arr[f32]", [0.5, float("nan"), 0.5]),
+        ("clip.vision.image_mean", "arr[f32]", [0.5, float("-inf"), 0.5]),
+        ("clip.vision.image_std", "arr[f32]", [0.5, 1e-40, 0.5]),
+        ("local_llava.preprocess.rescale_factor", "f64", 1e-300),
+        ("local_llava.preprocess.rescale_factor", "str", LONG),
+        ("local_llava.preprocess.mode", "str", LONG),
+    ],
+)
+def test_pixels_that_are_no_numbers(key: str, kind: str, value: Any, tmp_path: Path) -> None:
+    """They would end in an integer of infinity (the bars of mode "pad"), or warnings of numpy."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf([*(entry for entry in TOWER if entry[0] != key), (key, kind, value)]))
+    with pytest.raises(ModelFileError) as caught:
+        check_mmproj(GGUFFile.open(path))
+    assert f"{key} must be " in str(caught.value)
     assert len(str(caught.value)) < 500

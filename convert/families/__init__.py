@@ -72,6 +72,6 @@ def take_apart(checkpoint: Checkpoint) -> Parts:
         ):
             note = " (a language model without a vision tower)"
         raise CheckpointError(
-            f"{config.name('architectures')}: {name!r}{note} is not supported; supported: {', '.join(families)}"
+            f"{config.name('architectures')}: {name!a:.80}{note} is not supported; supported: {', '.join(families)}"
         )
     return families[name](checkpoint)

@@ -56,8 +56,8 @@ def read_config(config: Config) -> LlamaConfig:
     kind = config.choice("model_type", "llama", tuple(_DEFAULTS))
     config = Config(config.path, {**_DEFAULTS[kind], **config.values}, config.section)
     config.choice("hidden_act", "silu", ("silu",))
-    n_embd = config.integer("hidden_size", 4096, 1, 1 << 20)
-    n_head = config.integer("num_attention_heads", 32, 1, 1 << 14)
+    n_embd = config.integer("hidden_size", 4096, 1, 1 << 17)
+    n_head = config.integer("num_attention_heads", 32, 1, 1 << 10)
     n_head_kv = config.integer("num_key_value_heads", n_head, 1, n_head)
     if n_head % n_head_kv:
         raise CheckpointError(
@@ -65,19 +65,19 @@ def read_config(config: Config) -> LlamaConfig:
         )
     if config.values.get("head_dim") is None and n_embd % n_head:
         raise CheckpointError(f"{config.name('num_attention_heads')}: {n_head} does not divide hidden_size {n_embd}")
-    head_dim = config.integer("head_dim", max(1, n_embd // n_head), 1, 1 << 14)
+    head_dim = config.integer("head_dim", max(1, n_embd // n_head), 1, 1 << 12)
     if head_dim % 2:
         raise CheckpointError(f"{config.name('head_dim')} must be even, not {head_dim}")
     return LlamaConfig(
-        n_vocab=config.integer("vocab_size", 32000, 1, 1 << 24),
+        n_vocab=config.integer("vocab_size", 32000, 1, 1 << 22),
         n_embd=n_embd,
-        n_ff=config.integer("intermediate_size", 11008, 1, 1 << 22),
+        n_ff=config.integer("intermediate_size", 11008, 1, 1 << 20),
         n_layer=config.integer("num_hidden_layers", 32, 1, 512),
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
         n_ctx=_n_ctx(config, kind),
-        rms_eps=config.number("rms_norm_eps", 1e-6, 0, 1),
+        rms_eps=config.number("rms_norm_eps", 1e-6, 1e-12, 1),
         rope_base=_rope_base(config),
         attention_bias=config.flag("attention_bias", False),
         mlp_bias=config.flag("mlp_bias", False),
@@ -86,7 +86,7 @@ def read_config(config: Config) -> LlamaConfig:
 
 def _n_ctx(config: Config, kind: str) -> int:
     """The context length; Mistral's at most its window, since llama.cpp's `llama` attends to all of the context."""
-    trained = config.integer("max_position_embeddings", 2048, 1, 1 << 30)
+    trained = config.integer("max_position_embeddings", 2048, 1, 1 << 27)
     if kind != "mistral" or config.values.get("sliding_window") is None:
         return trained
     return min(trained, config.integer("sliding_window", None, 1, 1 << 30))

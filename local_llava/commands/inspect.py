@@ -18,7 +18,8 @@ def inspect(
 
     contents = read(file)
     if as_json:
-        print(json.dumps(contents.as_json(), ensure_ascii=False, indent=2))
+        # ASCII, since texts of a GGUF may be any bytes, which no terminal or pipe takes.
+        print(json.dumps(contents.as_json(), indent=2))
     else:
         for line in describe(contents):
             print(line)
