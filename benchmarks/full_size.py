@@ -149,6 +149,8 @@ class Run:
     """What a command took."""
 
     seconds: float
+    cpu_s: float
+    """Seconds of all cores, which other work on the machine does not change."""
     peak: float
     """Gigabytes of resident memory at most, mapped pages included."""
     output: str
@@ -170,25 +172,25 @@ def run(*command: object) -> Run:
             file.seek(0)
         if process.returncode:
             raise SystemExit(f"{command} failed:\n{(output.read() + log.read())[-3000:]}")
-        return Run(seconds, usage.ru_maxrss * 1024 / 1e9, output.read())
+        return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, output.read())
 
 
 def local_llava(*arguments: object) -> Run:
     return run(sys.executable, "-m", "local_llava.cli", *arguments)
 
 
-def ours(source: Path, out: Path) -> float:
-    """Convert with local-llava; returns seconds."""
+def ours(source: Path, out: Path) -> Run:
+    """Convert with local-llava."""
     done = local_llava("convert", source, "-o", out, "--force")
     written = [Path(line).stat().st_size for line in done.output.splitlines()]
     beside = sum(p.stat().st_size for p in out.iterdir()) - sum(written)
-    print(f"local-llava convert: {done.seconds:.0f} s, {sum(written) / 1e9:.2f} GB written")
+    print(f"local-llava convert: {done.seconds:.0f} s ({done.cpu_s:.0f} s of CPU), {sum(written) / 1e9:.2f} GB written")
     print(f"    peak RSS {done.peak:.3f} GB, {beside} temporary bytes")
-    return done.seconds
+    return done
 
 
-def peer(source: Path, directory: Path) -> float:
-    """Convert with llama.cpp's tools; returns seconds."""
+def peer(source: Path, directory: Path) -> list[Run]:
+    """Convert with llama.cpp's tools."""
     directory.mkdir(exist_ok=True)
     temporary, out = directory / "f16.gguf", directory / "q4_k_m.gguf"
     commands: list[list[object]] = [
@@ -197,9 +199,10 @@ def peer(source: Path, directory: Path) -> float:
     ]
     done = [run(*command) for command in commands]
     for command, part in zip(commands, done, strict=True):
-        print(f"{' '.join(map(str, command))}\n    {part.seconds:.0f} s, peak RSS {part.peak:.3f} GB")
+        print(" ".join(map(str, command)))
+        print(f"    {part.seconds:.0f} s ({part.cpu_s:.0f} s of CPU), peak RSS {part.peak:.3f} GB")
     print(f"    {temporary.stat().st_size / 1e9:.2f} GB of temporary file")
-    return sum(part.seconds for part in done)
+    return done
 
 
 def main() -> None:
@@ -217,8 +220,9 @@ def main() -> None:
     read = sum(p.stat().st_size for p in source.iterdir())
     print(f"checkpoint: {read / 1e9:.2f} GB")
     peers.build("llama-quantize")
-    seconds, peer_seconds = ours(source, out), peer(source, theirs)
-    print(f"ratio: {seconds / peer_seconds:.2f} of the peer's time")
+    own, parts = ours(source, out), peer(source, theirs)
+    ratio, cpu_ratio = own.seconds / sum(p.seconds for p in parts), own.cpu_s / sum(p.cpu_s for p in parts)
+    print(f"ratio: {ratio:.2f} of the peer's time, {cpu_ratio:.2f} of its CPU time")
     shutil.rmtree(theirs)
 
     sys.path.insert(0, str(TINY))
