@@ -56,6 +56,7 @@ class Vocabulary:
         ids: Text -> id of the tokens that are text.
         longest: Bytes of the longest of them.
         starts: JSON tokens that may start in each token, at most: int32 [n_tokens].
+        most_starts: The most of them.
     """
 
     def __init__(self, pieces: Sequence[bytes], ends: Collection[int], control: Collection[int]) -> None:

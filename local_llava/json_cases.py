@@ -308,12 +308,17 @@ def _objects_apart(places: Places, first: ObjectCase, second: ObjectCase, depth:
     telling = list(_tell_apart(places, first, second, depth))
     if any(member.required for member in telling):
         return frozenset()
-    # Properties that the second needs can be left out of the first; best such as it does not have anyway.
     needed = [member.name for member in second.members if member.required]
     own = {member.name: member.required for member in first.members}
-    foreign, spared = [n for n in needed if n not in own], [n for n in needed if not own.get(n, True)]
-    ways = [f"-{foreign[0]}"] if foreign else [f"!{telling[0].name}"] if telling else [f"-{n}" for n in spared[:1]]
-    return frozenset(ways) if ways else None
+    ways = [
+        # A constant is there to tell the two apart, for whoever reads the answer, too.
+        *(f"!{m.name}" for m in telling if all(isinstance(case, Literal) for case in places.cases(m.key))),
+        # What the first does not have anyway, and the second needs.
+        *(f"-{name}" for name in needed if name not in own),
+        *(f"!{member.name}" for member in telling),
+        *(f"-{name}" for name in needed if not own.get(name, True)),
+    ]
+    return frozenset(ways[:1]) if ways else None
 
 
 def _tell_apart(places: Places, first: ObjectCase, second: ObjectCase, depth: int) -> Iterator[Member]:

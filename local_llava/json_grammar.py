@@ -102,7 +102,7 @@ class Grammar:
                 queue.append((cost(node), node.index))
             elif (isinstance(node, Repeated) and not node.low) or (isinstance(node, Series) and not node.parts):
                 queue.append((0, node.index))
-            for part in (_body(node),) if isinstance(node, Call) else _inside(node):
+            for part in (_body(node),) if isinstance(node, Call) else inside(node):
                 users[part.index].append(node)
         heapq.heapify(queue)
         weights = [math.inf] * len(self.nodes)
@@ -164,7 +164,7 @@ class Grammar:
                     stack.pop()
                 else:
                     started.add(child)
-                    stack.append(iter([_body(part).index for part in _inside(nodes[child])]))
+                    stack.append(iter([_body(part).index for part in inside(nodes[child])]))
                     deepest = max(deepest, len(stack))
         return deepest
 
@@ -173,16 +173,16 @@ class Grammar:
         root = self.body(self.rules[0])
         order: list[int] = []
         seen = {root.index}
-        stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(_inside(root)))]
+        stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(inside(root)))]
         while stack:
-            node, inside = stack[-1]
-            child = next((part for part in map(_body, inside) if part.index not in seen), None)
+            node, parts = stack[-1]
+            child = next((part for part in map(_body, parts) if part.index not in seen), None)
             if child is None:
                 order.append(node.index)
                 stack.pop()
             else:
                 seen.add(child.index)
-                stack.append((child, iter(_inside(child))))
+                stack.append((child, iter(inside(child))))
         return order
 
     def used(self) -> Iterator[Node]:
@@ -197,11 +197,11 @@ class Grammar:
                 if isinstance(node, Call):
                     todo.append(self.body(node.rule))
                 else:
-                    todo += _inside(node)
+                    todo += inside(node)
 
 
-def _inside(node: Node) -> tuple[Node, ...]:
-    """What a node is made of."""
+def inside(node: Node) -> tuple[Node, ...]:
+    """What a node is made of; nothing for a call."""
     if isinstance(node, (Series, Choice)):
         return node.parts
     return (node.part,) if isinstance(node, Repeated) and node.high != 0 else ()

@@ -124,7 +124,7 @@ class Parser:
         return min((self._position_cost(position) for position in self._all(state)), default=0)
 
     def depth(self, state: State) -> int:
-        """How many values are open, one inside the other."""
+        """How many values are open, one inside the other, the outermost included."""
         return max((self._depth(stack) for _, _, stack in self._all(state)), default=0)
 
     def rest(self, state: State) -> bytes:
@@ -280,7 +280,7 @@ class Parser:
             if isinstance(stack, Frame):
                 return stack.depth
             stack = stack[2]
-        return 0
+        return 1
 
     def _growth(self) -> float:
         weights = self._weights

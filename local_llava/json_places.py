@@ -37,6 +37,9 @@ from local_llava.json_numbers import Bounds
 from local_llava.json_regex import parse_pattern
 from local_llava.json_text import quote
 
+MAX_CHAIN = 100
+"""References that lead from one to the next, without a property or an item between them."""
+
 MAX_COMBINATIONS = 50_000
 """Steps on all ways through `anyOf`, `oneOf` and `allOf`, all places together."""
 
@@ -164,6 +167,10 @@ class Schemas:
                     continue
                 if fragment in above:
                     raise UsageError(f"schema: {place(fragment)} is defined by itself")
+                if len(above) == MAX_CHAIN:
+                    raise UsageError(
+                        f"schema: {place(fragment)} comes after {MAX_CHAIN} others that refer to each other"
+                    )
                 schema = self.at(fragment)
                 if schema is False:
                     return

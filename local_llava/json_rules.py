@@ -29,7 +29,7 @@ from local_llava.json_cases import (
     least,
 )
 from local_llava.json_formats import FORMATS
-from local_llava.json_grammar import Call, Choice, Grammar, Node, Repeated, Rule, Series, Terminal
+from local_llava.json_grammar import Call, Choice, Grammar, Node, Repeated, Rule, Series, Terminal, inside
 from local_llava.json_intersection import Both
 from local_llava.json_places import Schemas, place
 from local_llava.json_regex import ANYTHING, Regex, Repeat, lengths, parse_pattern
@@ -50,7 +50,10 @@ def grammar(document: Any) -> Grammar:
     Raises:
         UsageError: Nothing satisfies the schema, it is too large, or it combines keywords in an unsupported way.
     """
-    return _Builder(document).build()
+    try:
+        return _Builder(document).build()
+    except RecursionError as e:
+        raise UsageError("schema: its references are nested too deeply") from e
 
 
 @dataclass(frozen=True)
@@ -259,17 +262,17 @@ class _Builder:
         """Items between brackets: each that is required, some others, and more."""
         required = sum(needed for _, needed in listing.items)
         low = 0 if listing.low <= required else listing.low
-        high = (
-            None if listing.more is None and least(listing.high, len(listing.items)) != listing.high else listing.high
-        )
+        high = listing.high
+        if high is not None and listing.more is None and high >= len(listing.items):
+            high = None
         listing = replace(listing, low=low, high=high)
         # What may come depends on how many came before, counted as far as it matters.
         most = max(low, 1 if high is None else high, 1)
         tails = [self.ending(listing, n) for n in range(min(len(listing.items), most) + 1)]
         for i in reversed(range(len(listing.items))):
             tails = [self.with_item(listing, i, n, tails) for n in range(min(i, most) + 1)]
-        inside = self.choice([tails[0]] if tails[0] else [])
-        return self.series((self.words(brackets[0]), inside, self.words(brackets[1])))
+        content = self.choice([tails[0]] if tails[0] else [])
+        return self.series((self.words(brackets[0]), content, self.words(brackets[1])))
 
     def with_item(self, listing: _Listing, i: int, n: int, tails: Sequence[Node | None]) -> Node | None:
         """What may come from an item on, after `n` others; `tails` is what may come after it, by how many came."""
@@ -328,16 +331,10 @@ def _why_not(grammar: Grammar, weights: Sequence[float]) -> str:
         seen.add(id(rule))
         node: Node | None = grammar.body(rule)
         while node is not None and not isinstance(node, Call):
-            node = next((part for part in _parts(node) if weights[part.index] == math.inf), None)
+            node = next((part for part in inside(node) if weights[part.index] == math.inf), None)
         if node is None:
             return (
                 f"schema: nothing can satisfy {rule.name}: what a value there must be contradicts itself, or is false"
             )
         rule = node.rule
     return f"schema: every value of {rule.name} would hold another one, without end"
-
-
-def _parts(node: Node) -> tuple[Node, ...]:
-    if isinstance(node, (Series, Choice)):
-        return node.parts
-    return (node.part,) if isinstance(node, Repeated) else ()

@@ -43,10 +43,10 @@ SUPPORTED: dict[str, str] = {
     "minLength": "In characters, as JSON Schema counts them.",
     "maxLength": "As `minLength`.",
     "pattern": "Characters, classes, groups, alternatives, counts, and ^ and $ at the ends; no look-around.",
-    "format": f"{', '.join(FORMATS)}. Values have the common form of each.",
+    "format": f"{', '.join(f'`{name}`' for name in FORMATS)}; in their common forms.",
     "properties": "Written in the order of the schema.",
     "required": "Any names, declared or not.",
-    "additionalProperties": "They come after those that are declared. Beside those, none come where it is missing.",
+    "additionalProperties": "They follow those that are declared. Where it is missing beside `properties`, none do.",
     "patternProperties": "As `additionalProperties`; with the same patterns as `pattern`.",
     "propertyNames": "A schema of strings.",
     "minProperties": "Up to one more than the properties that are declared.",
@@ -59,8 +59,8 @@ SUPPORTED: dict[str, str] = {
     "uniqueItems": "Where the items are an enum or booleans; they are written in the enum's order.",
     "allOf": "All of them together.",
     "anyOf": "Any of them.",
-    "oneOf": "Branches that are told apart by type, required properties or constants. A property that tells them apart "
-    "is always written.",
+    "oneOf": "Branches that are told apart by type, by constants, which are then always written, or by the properties "
+    "that they have.",
     "$ref": "To a place in the same document (`#/...`), also recursive, also beside other keywords.",
     "$defs": "Schemas to refer to.",
     "definitions": "As `$defs`.",
@@ -108,10 +108,7 @@ def compile_schema(value: object) -> str:
     # Here, since a schema can be checked without llguidance or numpy up to this line.
     from local_llava import constraint, json_rules
 
-    try:
-        constraint.check_grammar(json_rules.grammar(document))
-    except RecursionError as e:
-        raise UsageError("schema: its references are nested too deeply") from e
+    constraint.check_grammar(json_rules.grammar(document))
     return compiled
 
 
@@ -120,8 +117,9 @@ def _document(value: object) -> Any:
     if isinstance(value, str):
         text = value
     else:
+        described = value if isinstance(value, (dict, bool)) else _described(value)
         try:
-            text = json.dumps(value if isinstance(value, (Mapping, bool)) else _described(value), allow_nan=False)
+            text = json.dumps(described, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as e:
             raise UsageError(f"schema: it cannot be written as JSON: {_line(e)}") from e
     if len(text) > MAX_TEXT:
@@ -146,6 +144,8 @@ def _depth(value: Any) -> int:
 
 def _described(value: object) -> Any:
     """What pydantic says of a type. It is not imported for that: who passes a model has done so."""
+    if isinstance(value, Mapping):
+        return dict(value)
     for method in ("model_json_schema", "json_schema"):  # of a model class, of a TypeAdapter
         describe = getattr(value, method, None)
         if callable(describe):

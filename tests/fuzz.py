@@ -116,8 +116,7 @@ class Child:
             if answer["taken"] > self.limits.taken:
                 answer["findings"].append(f"took {answer['taken'] / 1e6:.0f} MB of memory")
             return answer
-        self.died, code = True, self.process.wait()
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        self.died, how = True, ending(self.process.wait())
         how = f"hung for {self.limits.seconds:g} s" if self.killed else how
         return {"steps": {}, "findings": [f"{how}: {self.last_words()}"], "seconds": 0.0, "taken": 0}
 
@@ -155,6 +154,11 @@ class Child:
         if third < 5:
             return 0
         return statistics.median(self.sizes[-third:]) - statistics.median(self.sizes[-2 * third : -third])
+
+
+def ending(code: int) -> str:
+    """How a process ended."""
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
 def fuzz(
@@ -196,9 +200,11 @@ def settle(tally: Tally, child: Child) -> None:
     """Close a child, and add what shows only over all its cases."""
     words = child.close()
     name, n = f"{child.first.name} and on", len(child.sizes)
-    if child.process.returncode or child.died:
+    if child.died:
         return  # which its last case tells
-    if words:
+    if code := child.process.returncode:
+        tally.findings.append(f"{name}: {ending(code)} when all was done: {words}")
+    elif words:
         tally.findings.append(f"{name}: wrote to stderr: {words}")
     if child.growth > child.limits.growth:
         tally.findings.append(f"{name}: grew by {child.growth / 1e6:.1f} MB over a third of {n} cases")

@@ -15,7 +15,7 @@ from fuzz_cases import KINDS, Case, Corpus
 CASES = {"gguf": 50, "mmproj": 30, "safetensors": 30, "tokenizer": 30, "config": 30, "image": 30}
 
 CHILD = """
-import os, signal, sys, threading, time
+import atexit, os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import fuzz_child
@@ -43,6 +43,7 @@ DO = {
     "file": lambda: Path("left").touch(),
     "descriptor": lambda: kept.append(open(os.devnull)),
     "thread": lambda: threading.Thread(target=time.sleep, args=(100,), daemon=True).start(),
+    "abort at the end": lambda: atexit.register(os.abort),
     "stderr": lambda: print("noise", file=sys.stderr),
 }
 
@@ -141,3 +142,8 @@ def test_no_growth_is_no_finding(tmp_path: Path) -> None:
 
 def test_noise_is_noticed(tmp_path: Path) -> None:
     assert proof(tmp_path, ["nothing", "stderr"]).findings == ["proof-0 and on: wrote to stderr: noise"]
+
+
+def test_a_death_after_the_last_case_is_noticed(tmp_path: Path) -> None:
+    (finding,) = proof(tmp_path, ["abort at the end", "nothing"]).findings
+    assert finding.startswith("proof-0 and on: died of SIGABRT when all was done")
