@@ -147,7 +147,7 @@ def test_the_shortest_answer_fits_and_so_does_every_budget_above(
 def test_keywords_thrown_together(tiny: Vocabulary, make_schema: Any) -> None:
     """What is accepted holds, however little sense it makes; the rest is refused in one line."""
     n_accepted, model = 0, Model(tiny.n_tokens, 4)
-    for seed in range(400):
+    for seed in range(300):
         schema = make_schema(seed)
         try:
             text = compile_schema(schema)
@@ -159,7 +159,7 @@ def test_keywords_thrown_together(tiny: Vocabulary, make_schema: Any) -> None:
             found, constraint = answer(text, tiny, Constraint(text, tiny).shortest + more or 1, model)
             check(schema, found)
             assert constraint.complete, schema
-    assert n_accepted > 100
+    assert n_accepted > 60
 
 
 @pytest.mark.parametrize("kind", [Cat, Dog, Everything, list[Cat | Dog]])

@@ -33,6 +33,18 @@ def test_the_documentation_lists_what_is_supported() -> None:
     assert all(f"`{name}`" in DOCS.read_text(encoding="utf-8") for name in FORMATS)
 
 
+def test_the_examples_of_the_documentation() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    (schema,), (program,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("json", "python"))
+    names: dict[str, Any] = {"__name__": "documentation"}
+    exec(program.partition("with Llava")[0], names)
+    written, described = json.loads(compile_schema(schema)), json.loads(compile_schema(names["Scene"]))
+    assert list(written["properties"]) == list(described["properties"]) == described["required"]
+    with pytest.raises(UsageError) as caught:
+        compile_schema({"properties": {"tags": {"contains": {}}}})
+    assert str(caught.value).partition(", minimum")[0] in text
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_schemas_are_taken_as_they_are(name: str) -> None:
     schema = BY_HAND[name]
