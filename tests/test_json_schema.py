@@ -36,8 +36,8 @@ def test_the_documentation_lists_what_is_supported() -> None:
 def test_the_examples_of_the_documentation() -> None:
     text = DOCS.read_text(encoding="utf-8")
     (schema,), (program,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("json", "python"))
-    names: dict[str, Any] = {"__name__": "documentation"}
-    exec(program.partition("with Llava")[0], names)
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(compile(program.partition("with Llava")[0], str(DOCS), "exec", dont_inherit=True), names)
     written, described = json.loads(compile_schema(schema)), json.loads(compile_schema(names["Scene"]))
     assert list(written["properties"]) == list(described["properties"]) == described["required"]
     with pytest.raises(UsageError) as caught:
