@@ -4,12 +4,14 @@
 decide and check everything; what they give can then be written.
 """
 
+from local_llava.convert.companions import Companions
 from local_llava.convert.conversion import Conversion, convert, prepare
 from local_llava.convert.overrides import Overrides
 from local_llava.convert.requantize import Requantization, prepare_gguf, quantize_gguf
 from local_llava.convert.write import Progress
 
 __all__ = [
+    "Companions",
     "Conversion",
     "Overrides",
     "Progress",

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from local_llava.convert.checkpoint import read_json
-from local_llava.convert.config import Config
+from local_llava.convert.config import Config, read_json
 from local_llava.errors import CheckpointError
 from local_llava.llm_vocab import is_mark
 

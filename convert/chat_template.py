@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from local_llava.convert.checkpoint import read_json
+from local_llava.convert.config import read_json
 from local_llava.default_chats import LLAMA3_CHAT, default_chat
 from local_llava.errors import CheckpointError
 from local_llava.types import MAX_CHAT_TEMPLATE

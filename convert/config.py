@@ -1,16 +1,50 @@
-"""Typed reading of configuration files: each value is checked where it is read, and errors name file and field.
+"""Reading of configuration files: each value is checked where it is read, and errors name file and field.
 
-Knows nothing of any model.
+Knows JSON. Knows nothing of any model.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from local_llava.errors import CheckpointError
+
+MAX_JSON_BYTES = 64 << 20
+"""Largest JSON file that is read whole; a real tokenizer.json has 9 MB."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file cannot be read, is larger than 64 MB, or is not a JSON object of Unicode text.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that a JSON file may have")
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            # Halves of a pair are no text: they could be neither written to a GGUF nor shown.
+            json.dumps(value, ensure_ascii=False).encode()
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeEncodeError as e:
+        raise CheckpointError(f"{path}: not valid JSON: \\u{ord(e.object[e.start]):04x} is half of a character") from e
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else str(e).splitlines()[0]
+        raise CheckpointError(f"{path}: not valid JSON: {reason}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 @dataclass(frozen=True)

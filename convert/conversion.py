@@ -8,21 +8,25 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFValueType
 
-from local_llava.convert import mixes, tensor_types, write
-from local_llava.convert.checkpoint import FLOATS, Checkpoint, SourceTensor
-from local_llava.convert.families import Parts, Row, clip, llama, take_apart
+from local_llava.convert import mixes, tensor_types, weights, write
+from local_llava.convert.checkpoint import ReadWeights
+from local_llava.convert.companions import NO_COMPANIONS, Companions
+from local_llava.convert.families import Decoder, Parts, Row, Tower, open_checkpoint
+from local_llava.convert.families.decoders import read_decoder
+from local_llava.convert.families.towers import read_tower
 from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
 from local_llava.convert.preprocessing import read_preprocessing
+from local_llava.convert.source import FLOATS, SourceTensor
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
-from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, MAX_TILES, PAIR_KEY, ModelFiles, Preprocessing
 
 _UNUSED = re.compile(r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight)$")
 """Tensors that checkpoints carry and LLaVA does not use."""
@@ -80,6 +84,7 @@ def convert(
     quant: str = DEFAULT_QUANT,
     mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
     overrides: Overrides = NO_OVERRIDES,
+    companions: Companions = NO_COMPANIONS,
     overwrite: bool = False,
     progress: write.Progress | None = None,
     threads: int | None = None,
@@ -89,12 +94,13 @@ def convert(
     One pass over the weights, with a few megabytes of them in memory at a time.
 
     Args:
-        source: Directory of a checkpoint in transformers format.
+        source: Directory of a checkpoint.
         out: Directory for the files, made if it is missing; None for `<model>-gguf` in the current directory.
         quant: Type of the language model, in upper or lower case: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1,
             Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S or Q2_K.
         mmproj_quant: Type of the tower and projector: F32, F16, BF16, Q8_0, Q6_K, Q5_K or Q4_K.
         overrides: Types of single tensors of the language model.
+        companions: Where the parts are that the checkpoint does not carry, if not where it says.
         overwrite: Replace existing files.
         progress: Called with the bytes written since the last call.
         threads: Threads that read and quantize; None for one a processor.
@@ -107,7 +113,15 @@ def convert(
         OutputError: The files cannot be written.
         UsageError: An unknown type, or one that does not fit a tensor it was named for.
     """
-    conversion = prepare(source, out, quant=quant, mmproj_quant=mmproj_quant, overrides=overrides, overwrite=overwrite)
+    conversion = prepare(
+        source,
+        out,
+        quant=quant,
+        mmproj_quant=mmproj_quant,
+        overrides=overrides,
+        companions=companions,
+        overwrite=overwrite,
+    )
     return conversion.write(progress, threads)
 
 
@@ -118,47 +132,51 @@ def prepare(
     quant: str = DEFAULT_QUANT,
     mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
     overrides: Overrides = NO_OVERRIDES,
+    companions: Companions = NO_COMPANIONS,
     overwrite: bool = False,
+    read_weights: ReadWeights = weights.read_weights,
 ) -> Conversion:
-    """Decide and check a whole conversion without writing; arguments and errors as of `convert`."""
+    """Decide and check a whole conversion without writing; arguments and errors as of `convert`.
+
+    Args:
+        read_weights: What reads the headers of a directory's weight files. The weights themselves are read by `write`,
+            but for the projector's, of which both files carry a digest.
+    """
     mix = mixes.get_mix(quant, mixes.LLM_MIXES)
     mmproj_mix = mixes.get_mix(mmproj_quant, mixes.MMPROJ_MIXES)
-    checkpoint = Checkpoint.open(Path(source))
-    name = model_name(checkpoint.directory)
+    parts = open_checkpoint(Path(source), companions, read_weights)
+    name = model_name(parts.directory)
     directory = Path(f"{name}-gguf") if out is None else Path(out)
     files = ModelFiles(directory / f"{name}-{mix.name}.gguf", directory / f"{name}-mmproj-{mmproj_mix.name}.gguf")
-    parts = take_apart(checkpoint)
-    text = llama.read_config(parts.text)
-    tower = clip.read_config(parts.vision, parts.feature_layer)
-    text_rows = llama.rows(text, parts.tied)
-    tower_rows, projector_rows = clip.tower_rows(tower), clip.projector_rows(tower, text.n_embd, parts.projector_bias)
-    _check(checkpoint, parts, text_rows, tower_rows, projector_rows)
-    preprocessing = read_preprocessing(checkpoint.directory, tower.image_size)
-    tokenizer = read_tokenizer(checkpoint.directory, text.n_vocab, checkpoint.config)
+    decoder = read_decoder(parts.text, parts.tied)
+    tower = read_tower(parts, decoder.n_embd)
+    _check(parts, decoder, tower)
+    preprocessing = _preprocessing(parts, tower)
+    tokenizer = read_tokenizer(parts.tokenizer, decoder.n_vocab, parts.top)
 
     text_types = tensor_types.llm_types(
         mix,
-        _named(text_rows),
-        n_layer=text.n_layer,
-        n_head=text.n_head,
-        n_head_kv=text.n_head_kv,
+        _named(decoder.rows),
+        n_layer=decoder.n_layer,
+        n_head=decoder.n_head,
+        n_head_kv=decoder.n_head_kv,
         overrides=overrides,
     )
-    mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower_rows, *projector_rows]))
+    mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower.rows, *tower.projector_rows]))
     shared = [
-        *_origin(checkpoint.directory, name),
+        *_origin(parts.directory, name),
         Field(PAIR_KEY, _pair_id(parts.projector_tensors), GGUFValueType.STRING),
     ]
     model = GGUFPlan(
         metadata=(
-            Field("general.architecture", "llama", GGUFValueType.STRING),
+            Field("general.architecture", decoder.architecture, GGUFValueType.STRING),
             Field("general.type", "model", GGUFValueType.STRING),
             *shared,
             *mixes.type_fields(mix),
-            *llama.fields(text),
+            *decoder.fields,
             *tokenizer.fields(),
         ),
-        tensors=_tensors(text_rows, parts.text_tensors, text_types),
+        tensors=_tensors(decoder.rows, parts.text_tensors, text_types),
         notes=text_types.notes,
     )
     mmproj = GGUFPlan(
@@ -167,11 +185,11 @@ def prepare(
             Field("general.type", "mmproj", GGUFValueType.STRING),
             *shared,
             *mixes.type_fields(mmproj_mix),
-            *clip.fields(tower, text.n_embd, preprocessing),
+            *tower.fields(preprocessing),
         ),
         tensors=(
-            *_tensors(tower_rows, parts.vision_tensors, mmproj_types),
-            *_tensors(projector_rows, parts.projector_tensors, mmproj_types),
+            *_tensors(tower.rows, parts.vision_tensors, mmproj_types),
+            *_tensors(tower.projector_rows, parts.projector_tensors, mmproj_types),
         ),
         notes=mmproj_types.notes,
     )
@@ -187,15 +205,25 @@ def model_name(directory: Path) -> str:
     return re.sub(r"-(transformers|hf)$", "", name) or "model"
 
 
-def _check(
-    checkpoint: Checkpoint, parts: Parts, text: Sequence[Row], tower: Sequence[Row], projector: Sequence[Row]
-) -> None:
+def _preprocessing(parts: Parts, tower: Tower) -> Preprocessing:
+    """What the image processor's configuration says, and the family."""
+    how = read_preprocessing(parts.processor, tower.image_size)
+    for height, width in parts.grid:
+        if height % tower.image_size or width % tower.image_size or height * width > MAX_TILES * tower.image_size**2:
+            raise CheckpointError(
+                f"{parts.directory}: image_grid_pinpoints has {height} x {width}; sizes of at most {MAX_TILES} tiles "
+                f"of {tower.image_size} x {tower.image_size} are supported"
+            )
+    return replace(how, mode=parts.mode or how.mode, grid=parts.grid)
+
+
+def _check(parts: Parts, decoder: Decoder, tower: Tower) -> None:
     """Check that the checkpoint has every tensor, of the right shape, and nothing that nobody asks for."""
     problems: list[str] = []
     for rows, tensors, used_anyway in (
-        (text, parts.text_tensors, {"lm_head.weight"}),  # a tied output may be saved all the same
-        (tower, parts.vision_tensors, set()),
-        (projector, parts.projector_tensors, set()),
+        (decoder.rows, parts.text_tensors, {"lm_head.weight"}),  # a tied output may be saved all the same
+        (tower.rows, parts.vision_tensors, set()),
+        (tower.projector_rows, parts.projector_tensors, set()),
     ):
         for row in rows:
             if row.source is None:
@@ -214,7 +242,7 @@ def _check(
     problems += [f"{name} is unknown" for name in parts.unknown if not _UNUSED.match(name)]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{checkpoint.directory}: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"{parts.directory}: {'; '.join(problems[:3])}{more}")
 
 
 def _unused(tensor: SourceTensor) -> bool:
@@ -231,13 +259,21 @@ def _tensors(
     def plan(row: Row) -> TensorPlan:
         load: Load
         if row.source is None:
-            load, source = (lambda start, stop: np.zeros((stop - start, row.shape[-1]), np.float32)), "zeros"
+            load, source = _constant(row), "config.json"
         else:
             tensor = tensors[row.source]
             load, source = row.load(tensor), str(tensor)
         return TensorPlan(row.target, row.shape, assignment.types[row.target], load, source)
 
     return tuple(plan(row) for row in rows)
+
+
+def _constant(row: Row) -> Load:
+    """Rows of a tensor that no checkpoint holds."""
+    if row.value is None:
+        return lambda start, stop: np.zeros((stop - start, row.shape[-1]), np.float32)
+    value = row.value.reshape(-1, row.shape[-1])
+    return lambda start, stop: value[start:stop]
 
 
 def _pair_id(projector: Mapping[str, SourceTensor]) -> str:

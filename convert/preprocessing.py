@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from local_llava.convert.checkpoint import read_json
-from local_llava.convert.config import Config
+from local_llava.convert.config import Config, read_json
 from local_llava.errors import CheckpointError
 from local_llava.types import Preprocessing, PreprocessMode
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from local_llava.convert.added_tokens import AddedToken
-from local_llava.convert.checkpoint import read_json
-from local_llava.convert.config import Config
+from local_llava.convert.config import Config, read_json
 from local_llava.errors import CheckpointError
 from local_llava.llm_vocab import END_OF_TURN
 

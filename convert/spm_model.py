@@ -17,8 +17,7 @@ from gguf import TokenType
 
 from local_llava.convert.added_tokens import AddedToken
 from local_llava.convert.bpe import Vocabulary
-from local_llava.convert.checkpoint import read_json
-from local_llava.convert.config import Config
+from local_llava.convert.config import Config, read_json
 from local_llava.errors import CheckpointError
 from local_llava.llm_vocab import BYTE_TOKENS, is_mark
 

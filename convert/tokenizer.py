@@ -27,8 +27,7 @@ from local_llava.convert.added_tokens import (
 from local_llava.convert.bpe import Vocabulary
 from local_llava.convert.byte_level import read_byte_level
 from local_llava.convert.chat_template import read_chat_template
-from local_llava.convert.checkpoint import read_json
-from local_llava.convert.config import Config
+from local_llava.convert.config import Config, read_json
 from local_llava.convert.plan import Field
 from local_llava.convert.sentencepiece import read_sentencepiece
 from local_llava.convert.special_ids import SpecialIds, configured_ends, end_of_turn, sequence_ends

@@ -60,7 +60,7 @@ def read(path: Path) -> Contents:
 
     checkpoint = Checkpoint.open(path)
     tensors = tuple(Entry(t.name, t.dtype, t.shape, t.nbytes) for t in checkpoint.tensors.values())
-    return Contents(path, "checkpoint", checkpoint.config, tensors)
+    return Contents(path, "checkpoint", checkpoint.values, tensors)
 
 
 def describe(contents: Contents) -> Iterator[str]:

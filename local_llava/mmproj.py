@@ -20,6 +20,9 @@ MAX_PATCHES = 4096
 MAX_ACTIVATION_BYTES = 4 << 30
 """Intermediate results of a picture. A file of a few kilobytes may name sizes that no memory holds."""
 
+NEWLINE = "model.image_newline"
+"""Of LLaVA-NeXT: the embedding that ends each row of a picture made of tiles."""
+
 _MATRIX_TYPES = tuple(QUANTIZABLE)
 _LINEAR_TENSORS = ("attn_q", "attn_k", "attn_v", "attn_out", "ln1", "ln2", "ffn_up", "ffn_down")
 
@@ -82,6 +85,8 @@ class TowerConfig:
             "mm.2.weight": (self.n_out, self.n_hidden),
             "mm.2.bias": (self.n_out,),
         }
+        if self.preprocessing.grid:
+            shapes[NEWLINE] = (self.n_out,)
         fc1, fc2 = ("ffn_down", "ffn_up") if self.ffn_swapped else ("ffn_up", "ffn_down")
         for i in range(self.n_blocks):
             for name in _LINEAR_TENSORS:

@@ -236,6 +236,9 @@ class Preprocessing:
     """Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming."""
     rescale: float = 1 / 255
     """Factor from 8-bit values to the range that `mean` and `std` are given in."""
+    grid: tuple[tuple[int, int], ...] = ()
+    """Of LLaVA-NeXT (1.6): height and width, pixels, that a picture may be cut into tiles of `image_size` from, besides
+    being seen as a whole. Empty where a picture is one tile."""
 
     KEYS: ClassVar[dict[str, str]] = {
         "mode": "local_llava.preprocess.mode",
@@ -274,6 +277,7 @@ class Preprocessing:
         edge, rescale = values.get("shortest_edge", size), values.get("rescale", 1 / 255)
         if not isinstance(edge, int) or not size <= edge <= 8192:
             raise ModelFileError(f"{where}: {cls.KEYS['shortest_edge']} must be {size} to 8192, not {edge!a:.80}")
+        values["grid"] = _grid(metadata.get("clip.vision.image_grid_pinpoints", []), size, where)
         # Beyond these, pixels would overflow float32, or the colour of the bars in mode "pad" an integer.
         if not isinstance(rescale, float) or not 1e-6 <= rescale <= 1:
             raise ModelFileError(f"{where}: {cls.KEYS['rescale']} must be 1e-6 to 1, not {rescale!a:.80}")
@@ -281,6 +285,22 @@ class Preprocessing:
             if not all(low <= v <= high for v in triple):
                 raise ModelFileError(f"{where}: clip.vision.image_{name} must be {low:g} to {high:g}, not {triple!a}")
         return cls(image_size=size, mean=mean, std=std, **values)
+
+
+MAX_TILES = 64
+"""Tiles that a picture may be cut into."""
+
+
+def _grid(flat: Any, size: int, where: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of height and width, each a multiple of the tile's size."""
+    key = "clip.vision.image_grid_pinpoints"
+    numbers = isinstance(flat, (list, tuple)) and all(type(v) is int and v > 0 and v % size == 0 for v in flat)
+    if not numbers or len(flat) % 2 or len(flat) > 128:
+        raise ModelFileError(f"{where}: {key} must be pairs of multiples of image_size {size}, not {flat!a:.80}")
+    grid = tuple(zip(flat[::2], flat[1::2], strict=True))
+    if any(height * width > MAX_TILES * size * size for height, width in grid):
+        raise ModelFileError(f"{where}: {key} has a size of more than {MAX_TILES} tiles: {flat!a:.80}")
+    return grid
 
 
 @dataclass(frozen=True)

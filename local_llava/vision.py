@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from local_llava import ggml, ggml_rows
 from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile, TensorInfo
-from local_llava.mmproj import TowerConfig, check_mmproj
+from local_llava.mmproj import NEWLINE, TowerConfig, check_mmproj
 from local_llava.types import Preprocessing
 
 __all__ = ["TowerConfig", "VisionTower", "check_mmproj"]
@@ -43,6 +43,7 @@ class VisionTower:
         preprocessing: How a picture becomes `encode`'s pixels.
         n_tokens: Embeddings per picture.
         n_embd: Width of an embedding: that of the language model.
+        newline: Of LLaVA-NeXT, the embedding that ends each row of a picture made of tiles: float32 [n_embd].
         device: Name of the device that computes.
         images_per_graph: Pictures that are computed at once; more are computed in several steps.
     """
@@ -52,10 +53,12 @@ class VisionTower:
         config: TowerConfig,
         backends: list[_Backend],
         weights: dict[str, int],
+        newline: NDArray[np.float32] | None,
         flash_attention: bool,
         stack: ExitStack,
     ) -> None:
         """Use `load`. `stack` frees what was made, in the right order."""
+        self.newline = newline
         self.config = config
         self.preprocessing: Preprocessing = config.preprocessing
         self.n_tokens = config.n_patches
@@ -99,7 +102,7 @@ class VisionTower:
         with ExitStack() as stack:
             backends = _open_backends(use_gpu, n_threads, stack)
             weights = _load_weights(gguf, config, backends[0], stack)
-            tower = cls(config, backends, weights, flash_attention, stack.pop_all())
+            tower = cls(config, backends, weights, _read_newline(gguf), flash_attention, stack.pop_all())
         logger.debug("vision tower on %s, %d pictures in a graph", tower.device, tower.images_per_graph)
         return tower
 
@@ -210,6 +213,8 @@ def _load_weights(gguf: GGUFFile, config: TowerConfig, backend: _Backend, stack:
     context = stack.enter_context(_context((len(shapes) + 1) * g.tensor_overhead()))
     weights = {}
     for name, shape in shapes.items():
+        if name == NEWLINE:
+            continue
         if name == "v.patch_embd.weight":
             shape = (shape[0], 3 * config.patch_size**2)
         weights[name] = _new_tensor(context, _device_type(gguf.tensors[name]), shape)
@@ -230,6 +235,14 @@ def _load_weights(gguf: GGUFFile, config: TowerConfig, backend: _Backend, stack:
     except OSError as error:
         raise ModelFileError(f"{gguf.path}: cannot be read: {error.strerror or error}") from error
     return weights
+
+
+def _read_newline(gguf: GGUFFile) -> NDArray[np.float32] | None:
+    if NEWLINE not in gguf.tensors:
+        return None
+    with gguf.path.open("rb") as file:
+        newline: NDArray[np.float32] = _read_tensor(gguf, NEWLINE, file)
+    return newline
 
 
 def _device_type(info: TensorInfo) -> int:

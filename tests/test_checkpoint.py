@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from local_llava.convert.checkpoint import MAX_JSON_BYTES, Checkpoint, SourceTensor, read_json
-from local_llava.convert.config import Config
+from local_llava.convert.checkpoint import Checkpoint
+from local_llava.convert.config import MAX_JSON_BYTES, Config, read_json
 from local_llava.convert.families import clip, llama, llava
 from local_llava.convert.preprocessing import read_preprocessing
+from local_llava.convert.source import StoredTensor
 from local_llava.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -120,8 +121,8 @@ def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
             read_preprocessing(tmp_path, 28)
         assert len(str(caught.value)) < 500
     names = ("vision_tower.x", "multi_modal_projector.x", "language_model.model.x")
-    tensors = {name: SourceTensor(name, "F32", (1,), tmp_path, 0, 4) for name in names}
-    with pytest.raises(CheckpointError, match=r"vision_feature_layer must be one layer, not \[1, 1") as caught:
+    tensors = {name: StoredTensor(name, "F32", (1,), tmp_path, 0, 4) for name in names}
+    with pytest.raises(CheckpointError, match=r"vision_feature_layer must be 1 to 16 layers, not \[1, 1") as caught:
         llava.take_apart(Checkpoint(tmp_path, {"vision_feature_layer": [1] * 5000}, tensors))
     assert len(str(caught.value)) < 500
 
@@ -142,4 +143,4 @@ def test_a_decoder_that_the_runtime_would_refuse(tmp_path: Path, entry: str, val
 def test_a_tower_that_the_runtime_would_refuse(tmp_path: Path, entry: str, value: float) -> None:
     """What is converted must load."""
     with pytest.raises(CheckpointError, match=rf"config.json: vision_config.{entry}"):
-        clip.read_config(Config(tmp_path / "config.json", {entry: value}, "vision_config"), -2)
+        clip.read_config(Config(tmp_path / "config.json", {entry: value}, "vision_config"), (-2,))

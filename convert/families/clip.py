@@ -5,18 +5,16 @@ Names and keys are those that llama.cpp's tools/mtmd reads, so that the file wor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gguf import GGUFValueType
 
 from local_llava.convert.config import Config
-from local_llava.convert.families import Row
+from local_llava.convert.families import Parts, Row, Tower
 from local_llava.convert.plan import Field
 from local_llava.errors import CheckpointError
 from local_llava.types import Preprocessing
-
-IGNORED = ("embeddings.position_ids", "post_layernorm.weight", "post_layernorm.bias")
-"""LLaVA takes its features before these are applied."""
 
 MAX_GRID = 64
 """Patches in a row; the runtime takes no more."""
@@ -34,16 +32,29 @@ class ClipConfig:
     patch_size: int
     eps: float
     activation: str
-    feature_layer: int
-    """Number of the hidden state that is projected: 0 is the embeddings, k the output of block k."""
+    feature_layers: tuple[int, ...]
+    """Numbers of the hidden states that are projected, side by side: 0 is the embeddings, k the output of block k."""
 
     @property
     def n_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
 
-def read_config(config: Config, feature_layer: int) -> ClipConfig:
-    """Read vision_config. `feature_layer` may be negative, counting from the last hidden state.
+def tower(parts: Parts, n_embd: int) -> Tower:
+    """What the mmproj holds; as `families.towers.read_tower`."""
+    if parts.strategy != "default":
+        raise CheckpointError(
+            f"{parts.directory}: vision_feature_select_strategy is {parts.strategy}; default is supported with CLIP"
+        )
+    c = read_config(parts.vision, parts.feature_layers)
+    projector = projector_rows(c, n_embd, parts.projector_bias)
+    if parts.grid:
+        projector.append(Row("model.image_newline", "image_newline", (n_embd,)))
+    return Tower(c.image_size, tower_rows(c), projector, lambda preprocessing: fields(c, n_embd, preprocessing))
+
+
+def read_config(config: Config, feature_layers: Sequence[int]) -> ClipConfig:
+    """Read vision_config. Feature layers may be negative, counting from the last hidden state.
 
     Raises:
         CheckpointError: Not a CLIP tower, a value makes no sense, or a setting is not supported.
@@ -61,11 +72,12 @@ def read_config(config: Config, feature_layer: int) -> ClipConfig:
             f"{config.name('patch_size')}: {patch_size} makes more than {MAX_GRID} x {MAX_GRID} patches of a picture"
         )
     n_layer = config.integer("num_hidden_layers", 12, 1, 512)
-    layer = feature_layer + n_layer + 1 if feature_layer < 0 else feature_layer
-    if not 0 <= layer <= n_layer:
-        raise CheckpointError(
-            f"{config.path}: vision_feature_layer {feature_layer} is not one of the {n_layer + 1} hidden states"
-        )
+    layers = tuple(layer + n_layer + 1 if layer < 0 else layer for layer in feature_layers)
+    for layer, named in zip(layers, feature_layers, strict=True):
+        if not 0 <= layer <= n_layer:
+            raise CheckpointError(
+                f"{config.path}: vision_feature_layer {named} is not one of the {n_layer + 1} hidden states"
+            )
     return ClipConfig(
         n_embd=n_embd,
         n_ff=config.integer("intermediate_size", 3072, 1, 1 << 16),
@@ -75,7 +87,7 @@ def read_config(config: Config, feature_layer: int) -> ClipConfig:
         patch_size=patch_size,
         eps=config.number("layer_norm_eps", 1e-5, 1e-12, 0.1),
         activation=config.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
-        feature_layer=layer,
+        feature_layers=layers,
     )
 
 
@@ -113,7 +125,7 @@ def tower_rows(c: ClipConfig) -> list[Row]:
 def projector_rows(c: ClipConfig, n_embd_text: int, has_bias: bool) -> list[Row]:
     """The two linear layers from the tower's width to the decoder's. A missing bias is written as zeros."""
     modules: list[tuple[str, str, tuple[int, ...]]] = [
-        ("mm.0", "linear_1", (n_embd_text, c.n_embd)),
+        ("mm.0", "linear_1", (n_embd_text, c.n_embd * len(c.feature_layers))),
         ("mm.2", "linear_2", (n_embd_text, n_embd_text)),
     ]
     table = _with_bias(modules)
@@ -147,13 +159,25 @@ def fields(c: ClipConfig, n_embd_text: int, preprocessing: Preprocessing) -> lis
         Field("clip.vision.feed_forward_length", c.n_ff, u32),
         Field("clip.vision.projection_dim", n_embd_text, u32),
         Field("clip.vision.block_count", c.n_layer, u32),
-        Field("clip.vision.feature_layer", [c.feature_layer], array, i32),
+        Field("clip.vision.feature_layer", list(c.feature_layers), array, i32),
         Field("clip.vision.image_mean", list(preprocessing.mean), array, f32),
         Field("clip.vision.image_std", list(preprocessing.std), array, f32),
         Field("clip.vision.attention.head_count", c.n_head, u32),
         Field("clip.vision.attention.layer_norm_epsilon", c.eps, f32),
+        *_grid_fields(preprocessing),
         Field(keys["mode"], preprocessing.mode, text),
         Field(keys["shortest_edge"], preprocessing.shortest_edge, u32),
         Field(keys["resample"], preprocessing.resample, u32),
         Field(keys["rescale"], preprocessing.rescale, GGUFValueType.FLOAT64),
+    ]
+
+
+def _grid_fields(preprocessing: Preprocessing) -> list[Field]:
+    """LLaVA-NeXT's, as llama.cpp's legacy converter writes them."""
+    if not preprocessing.grid:
+        return []
+    flat = [v for size in preprocessing.grid for v in size]
+    return [
+        Field("clip.vision.image_grid_pinpoints", flat, GGUFValueType.ARRAY, GGUFValueType.INT32),
+        Field("clip.vision.mm_patch_merge_type", "spatial_unpad", GGUFValueType.STRING),
     ]

@@ -11,10 +11,10 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from local_llava.convert.checkpoint import SourceTensor
 from local_llava.convert.config import Config
-from local_llava.convert.families import Row
+from local_llava.convert.families import Decoder, Row
 from local_llava.convert.plan import Field, Load
+from local_llava.convert.source import SourceTensor
 from local_llava.errors import CheckpointError
 
 _DEFAULTS: dict[str, dict[str, int]] = {
@@ -45,6 +45,12 @@ class LlamaConfig:
     rope_base: float
     attention_bias: bool
     mlp_bias: bool
+
+
+def decoder(config: Config, tied: bool) -> Decoder:
+    """What the GGUF holds; as `families.decoders.read_decoder`."""
+    c = read_config(config)
+    return Decoder("llama", c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv, rows(c, tied), fields(c))
 
 
 def read_config(config: Config) -> LlamaConfig:

@@ -1,13 +1,16 @@
-"""LLaVA as transformers saves it, under all the names that its releases have given the parts.
+"""LLaVA and LLaVA-NeXT as transformers saves them, under all the names that its releases have given the parts.
 
 Knows prefixes and the top level of config.json; the parts themselves are `llama`'s and `clip`'s.
 """
 
 from __future__ import annotations
 
-from local_llava.convert.checkpoint import Checkpoint, SourceTensor
+from typing import Any, cast
+
+from local_llava.convert.checkpoint import Checkpoint
 from local_llava.convert.config import Config
-from local_llava.convert.families import Parts
+from local_llava.convert.families import Parts, Strategy
+from local_llava.convert.source import SourceTensor
 from local_llava.errors import CheckpointError
 
 PREFIXES = {
@@ -16,6 +19,7 @@ PREFIXES = {
     "model.vision_tower.vision_model.": ("vision", ""),
     "model.vision_tower.": ("vision", ""),
     "model.multi_modal_projector.": ("projector", ""),
+    "model.image_newline": ("projector", "image_newline"),
     "lm_head.": ("text", "lm_head."),
     # transformers up to 4.51
     "language_model.model.": ("text", "model."),
@@ -24,6 +28,7 @@ PREFIXES = {
     # transformers 5, which names the rest as 4.51 did
     "vision_tower.": ("vision", ""),
     "multi_modal_projector.": ("projector", ""),
+    "image_newline": ("projector", "image_newline"),
 }
 """Prefix in the checkpoint -> the part, and the prefix there."""
 
@@ -38,22 +43,68 @@ DEFAULT_VISION = {
 """The tower that LlavaConfig means when it has no vision_config at all: CLIP-L/14 at 336 pixels."""
 
 
+DEFAULT_GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""LlavaNextConfig's `image_grid_pinpoints`."""
+
+
 def take_apart(checkpoint: Checkpoint) -> Parts:
     """Sort the tensors by part, and read what the top level of the configuration says.
 
     Raises:
         CheckpointError: A part has no tensors, two names mean the same tensor, or a setting is not supported.
     """
-    config = Config(checkpoint.directory / "config.json", checkpoint.config)
+    config = checkpoint.config
+    parts, unknown = sort_tensors(checkpoint, PREFIXES)
+    # Published projectors use the exact (erf) GELU; the runtime computes no other.
+    config.choice("projector_hidden_act", "gelu", ("gelu",))
+    vision = config.sub("vision_config")
+    if not vision.values:
+        vision = Config(vision.path, DEFAULT_VISION, "vision_config")
+    text = config.sub("text_config")
+    strategy = config.choice("vision_feature_select_strategy", "default", ("default", "full"))
+    return Parts(
+        directory=checkpoint.directory,
+        text=text,
+        text_tensors=parts["text"],
+        tied=config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
+        vision=vision,
+        vision_tensors=parts["vision"],
+        projector_tensors=parts["projector"],
+        projector_bias=config.flag("multimodal_projector_bias", True),
+        feature_layers=_feature_layers(config),
+        strategy=cast("Strategy", strategy),
+        tokenizer=checkpoint.directory,
+        top=checkpoint.values,
+        processor=checkpoint.directory,
+        grid=_grid(config) if _is_next(config) else (),
+        unknown=unknown,
+    )
+
+
+def sort_tensors(
+    checkpoint: Checkpoint, prefixes: dict[str, tuple[str, str]]
+) -> tuple[dict[str, dict[str, SourceTensor]], list[str]]:
+    """Sort a checkpoint's tensors by part; of the prefixes that fit a name, the longest counts.
+
+    Args:
+        checkpoint: Where they are.
+        prefixes: As `PREFIXES`.
+
+    Returns:
+        The tensors of "text", "vision" and "projector" by their own names, and the names that belong to none.
+
+    Raises:
+        CheckpointError: A part has no tensors, or two names mean the same tensor.
+    """
     parts: dict[str, dict[str, SourceTensor]] = {"text": {}, "vision": {}, "projector": {}}
     unknown: list[str] = []
-    by_length = sorted(PREFIXES, key=len, reverse=True)
+    by_length = sorted(prefixes, key=len, reverse=True)
     for name, tensor in checkpoint.tensors.items():
         prefix = next((p for p in by_length if name.startswith(p)), None)
         if prefix is None:
             unknown.append(name)
             continue
-        part, inner = PREFIXES[prefix]
+        part, inner = prefixes[prefix]
         own = inner + name[len(prefix) :]
         if own in parts[part]:
             raise CheckpointError(f"{tensor}: means the same tensor as {parts[part][own].name}")
@@ -65,32 +116,36 @@ def take_apart(checkpoint: Checkpoint) -> Parts:
     ):
         if not parts[part]:
             raise CheckpointError(f"{checkpoint.directory}: no tensors of the {what}")
-    config.choice("vision_feature_select_strategy", "default", ("default",))
-    # Published projectors use the exact (erf) GELU; the runtime computes no other.
-    config.choice("projector_hidden_act", "gelu", ("gelu",))
-    vision = config.sub("vision_config")
-    if not vision.values:
-        vision = Config(vision.path, DEFAULT_VISION, "vision_config")
-    text = config.sub("text_config")
-    return Parts(
-        text=text,
-        text_tensors=parts["text"],
-        vision=vision,
-        vision_tensors=parts["vision"],
-        projector_tensors=parts["projector"],
-        projector_bias=config.flag("multimodal_projector_bias", True),
-        feature_layer=_feature_layer(config),
-        tied=config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
-        unknown=unknown,
-    )
+    return parts, unknown
 
 
-def _feature_layer(config: Config) -> int:
+def _is_next(config: Config) -> bool:
+    return config.values.get("model_type") == "llava_next" or config.values.get("architectures") == [
+        "LlavaNextForConditionalGeneration"
+    ]
+
+
+def _grid(config: Config) -> tuple[tuple[int, int], ...]:
+    """The resolutions of LLaVA-NeXT. Their bounds are checked where they are written (`Preprocessing`)."""
+    grid: Any = config.values.get("image_grid_pinpoints") or DEFAULT_GRID
+    if not isinstance(grid, list) or not all(
+        isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v <= 1 << 14 for v in size)
+        for size in grid
+    ):
+        raise CheckpointError(
+            f"{config.name('image_grid_pinpoints')} must be a list of heights and widths, not {grid!a:.80}"
+        )
+    return tuple((height, width) for height, width in grid)
+
+
+def _feature_layers(config: Config) -> tuple[int, ...]:
     value = config.values.get("vision_feature_layer")
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise CheckpointError(
-                f"{config.name('vision_feature_layer')} must be one layer, not {value!a:.80}: several are not supported"
-            )
-        config = Config(config.path, {"vision_feature_layer": value[0]}, config.section)
-    return config.integer("vision_feature_layer", -2, -1000, 1000)
+    layers = value if isinstance(value, list) else [value]
+    if not 1 <= len(layers) <= 16:
+        raise CheckpointError(f"{config.name('vision_feature_layer')} must be 1 to 16 layers, not {value!a:.80}")
+    return tuple(
+        Config(config.path, {"vision_feature_layer": layer}, config.section).integer(
+            "vision_feature_layer", -2, -1000, 1000
+        )
+        for layer in layers
+    )
