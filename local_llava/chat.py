@@ -21,9 +21,6 @@ from local_llava.types import Message
 IMAGE = "<image>"
 """What chat templates write where a picture goes."""
 
-_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-"""transformers' own tag around what a model says, for training; it prints its content."""
-
 _GUARDS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 """Noncharacters of Unicode, kept for uses such as this one."""
 
@@ -61,7 +58,7 @@ class ChatFormat:
             eos: Token that ends one.
             add_bos: Whether a prompt begins with `bos` even where the template does not write it.
         """
-        self._template = _GENERATION.sub(lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], template)
+        self._template = template
         self.image_token = specials.get(IMAGE)
         """The token that stands for pictures, where the vocabulary has one."""
         self._specials = dict(specials)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -38,6 +39,10 @@ STRING_METHODS = frozenset(
     | {"capitalize", "find", "count", "replace", "removeprefix", "removesuffix", "isdigit", "isalpha", "isspace"}
 )
 """Methods of strings that a template may call: replace, and those whose result is no longer than the string."""
+
+
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+"""transformers' own tag around what a model says, for training; it prints its content."""
 
 
 class _Limited(ImmutableSandboxedEnvironment):
@@ -191,6 +196,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     """
     if len(template) > MAX_CHAT_TEMPLATE:
         raise PromptError(f"the model's chat template has {len(template)} characters; {MAX_CHAT_TEMPLATE} are accepted")
+    template = _GENERATION.sub(lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], template)
     env = _Limited(cost=len(template))
     parts: list[str] = []
     try:

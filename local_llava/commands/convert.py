@@ -33,13 +33,27 @@ OutputType = Annotated[str | None, typer.Option("--output-type", metavar="TYPE",
 EmbeddingType = Annotated[
     str | None, typer.Option("--embedding-type", metavar="TYPE", help="Type of the token embeddings.")
 ]
+VisionTower = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|NAME",
+        help="Checkpoint of the vision tower, for a LLaVA that does not carry its own; a directory, or a name in the "
+        "Hugging Face cache. Default: the one that the checkpoint names, beside it or in that cache.",
+    ),
+]
+BaseLLM = Annotated[
+    str | None,
+    typer.Option(
+        "--llm", metavar="DIR|NAME", help="Checkpoint of the language model that an adapter (LoRA) belongs to; likewise."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 Threads = Annotated[int | None, typer.Option(help="Threads that quantize.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would be written.")]
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Directory of a LLaVA checkpoint in transformers format.")],
+    source: Annotated[Path, typer.Argument(help="Directory of a LLaVA checkpoint.")],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Directory for both files. Default: MODEL-gguf in the current directory."),
@@ -54,16 +68,25 @@ def convert(
     tensor_type: TensorTypes = None,
     output_type: OutputType = None,
     embedding_type: EmbeddingType = None,
+    vision_tower: VisionTower = None,
+    llm: BaseLLM = None,
     dry_run: DryRun = False,
     force: Force = False,
     threads: Threads = None,
 ) -> None:
     """Make a quantized GGUF language model and an mmproj of a checkpoint."""
-    from local_llava.convert import Overrides, prepare
+    from local_llava.convert import Companions, Overrides, prepare
 
     _check_threads(threads)
-    overrides = Overrides.parse(tensor_type or (), output_type, embedding_type)
-    conversion = prepare(source, out, quant=quant, mmproj_quant=mmproj_quant, overrides=overrides, overwrite=force)
+    conversion = prepare(
+        source,
+        out,
+        quant=quant,
+        mmproj_quant=mmproj_quant,
+        overrides=Overrides.parse(tensor_type or (), output_type, embedding_type),
+        companions=Companions(vision_tower, llm),
+        overwrite=force,
+    )
     if dry_run:
         _show(conversion.files.model, conversion.model)
         _show(conversion.files.mmproj, conversion.mmproj)

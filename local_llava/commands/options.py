@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from local_llava.engine import Llava
 
 ModelOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--model",
         "-m",
-        help="A GGUF, a directory with a pair, or a checkpoint, which is converted once and kept. "
-        "Default: the built-in model, which knows coloured shapes only.",
+        help="A GGUF, a directory with a pair, or a checkpoint, which is converted once and kept; or a name that "
+        "`local-llava ls` shows. Default: the built-in model, which knows coloured shapes only.",
     ),
 ]
 MmprojOption = Annotated[Path | None, typer.Option(help="Tower and projector, if not beside the model.")]
@@ -129,7 +129,7 @@ def _read_schema(path: Path) -> str:
 
 
 @contextmanager
-def loaded(model: Path | None, mmproj: Path | None, options: dict[str, Any]) -> Iterator[Llava]:
+def loaded(model: str | None, mmproj: Path | None, options: dict[str, Any]) -> Iterator[Llava]:
     """The model that the user named, ready to be asked."""
     from local_llava import hub
     from local_llava.engine import Llava
