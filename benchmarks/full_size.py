@@ -91,18 +91,19 @@ def shapes(n_layer: int) -> dict[str, tuple[int, ...]]:
     return t
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Llama 3's own, with the two tokens that LLaVA adds."""
+def write_tokenizer(directory: Path, image: bool = True) -> None:
+    """Llama 3's own, with the two tokens that transformers' LLaVA adds if `image`."""
     sys.path.insert(0, str(ROOT / "tests"))
     import llama3_tokenizer
 
     source = llama3_tokenizer.fetch()
     tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    tokenizer["added_tokens"] += [
-        {"id": IMAGE, "content": "<image>", **flags},
-        {"id": PAD, "content": "<pad>", **flags},
-    ]
+    if image:
+        tokenizer["added_tokens"] += [
+            {"id": IMAGE, "content": "<image>", **flags},
+            {"id": PAD, "content": "<pad>", **flags},
+        ]
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     shutil.copy(source / "tokenizer_config.json", directory)
     shutil.copy(TINY / "chat_template.jinja", directory)

@@ -52,6 +52,16 @@ def converter() -> list[str]:
     return ["env", f"PYTHONPATH={libraries}", sys.executable, str(llama_cpp() / "convert_hf_to_gguf.py")]
 
 
+def legacy_script(name: str) -> list[str]:
+    """The command of one of llama.cpp's old LLaVA scripts, with a transformers of their time."""
+    libraries = llama_cpp() / "python-legacy"
+    if not libraries.is_dir():
+        _run(sys.executable, "-m", "pip", "install", "-q", "--target", libraries, "transformers==4.46.3")
+    paths = os.pathsep.join(map(str, (llama_cpp() / "gguf-py", libraries)))
+    script = llama_cpp() / "tools" / "mtmd" / "legacy-models" / name
+    return ["env", f"PYTHONPATH={paths}", sys.executable, str(script)]
+
+
 def _has_amx() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.is_file() and "amx_tile" in cpuinfo.read_text()
