@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava.constraint import Constraint
 from local_llava.llm import LLM
+from local_llava.schema.constraint import Constraint
 from local_llava.text import AnswerText
 from local_llava.types import Chunk, FinishReason, Options, Reply, Timings, TokenLogprob
 

@@ -27,10 +27,10 @@ from local_llava.errors import EngineError, ModelFileError
 from local_llava.generation import Context, Picture, Progress, Request
 from local_llava.gguf_file import GGUFFile
 from local_llava.images import ImageLike, load_image, preprocess, with_mode
-from local_llava.json_schema import compile_schema
 from local_llava.llm import LLM
 from local_llava.llm_file import check_llm, check_pair
 from local_llava.mmproj import check_mmproj
+from local_llava.schema.compiler import compile_schema
 from local_llava.types import Chunk, Message, ModelFiles, Options, Reply
 from local_llava.vision import VisionTower
 from local_llava.worker import Worker

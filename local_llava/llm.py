@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava import ggml
-from local_llava.constraint import Vocabulary
 from local_llava.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
 from local_llava.errors import EngineError, PromptError
 from local_llava.gguf_file import GGUFFile
 from local_llava.llm_file import LLMConfig, check_llm
 from local_llava.llm_vocab import CONTROL, UNKNOWN, USER_DEFINED, is_mark
+from local_llava.schema.constraint import Vocabulary
 from local_llava.sentencepiece import SentencePiece, TextRun
 from local_llava.types import KVType, Options
 

@@ -133,9 +133,9 @@ def attempt(schema: Any) -> str:
     """How it goes: `refused`, or the number of tokens of an answer that is held to it."""
     import numpy as np
 
-    from local_llava.constraint import Constraint, Vocabulary
     from local_llava.errors import EngineError, UsageError
-    from local_llava.json_schema import compile_schema
+    from local_llava.schema.compiler import compile_schema
+    from local_llava.schema.constraint import Constraint, Vocabulary
 
     vocabulary = Vocabulary([*(bytes((byte,)) for byte in range(256)), b"[[", b'":', b"</s>"], [258], [258])
     try:

@@ -25,9 +25,9 @@ from PIL import Image
 from local_llava import EngineError, Llava, Message, Options, PromptError, UsageError, memory
 from local_llava.convert import convert
 from local_llava.gguf_file import GGUFFile
-from local_llava.json_schema import compile_schema
 from local_llava.llm import LLM
 from local_llava.llm_file import check_llm
+from local_llava.schema.compiler import compile_schema
 from local_llava.types import ModelFiles
 
 QUESTION = "What do you see?"

@@ -44,7 +44,7 @@ VisionTower = Annotated[
 BaseLLM = Annotated[
     str | None,
     typer.Option(
-        "--llm", metavar="DIR|NAME", help="Checkpoint of the language model that an adapter (LoRA) belongs to; likewise."
+        "--llm", metavar="DIR|NAME", help="Checkpoint of the language model that an adapter belongs to; likewise."
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]

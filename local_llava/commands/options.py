@@ -115,7 +115,7 @@ def _checked(values: dict[str, Any], flags: dict[str, tuple[Any, str, str]]) -> 
 
 
 def _read_schema(path: Path) -> str:
-    from local_llava.json_schema import compile_schema
+    from local_llava.schema.compiler import compile_schema
 
     try:
         text = path.read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import math
 from collections.abc import Container, Hashable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-from local_llava.json_automata import MAX_REMEMBERED, TooComplexError
-from local_llava.json_grammar import Call, Choice, Grammar, Node, Repeated, Rule, Series, Terminal
+from local_llava.schema.automata import MAX_REMEMBERED, TooComplexError
+from local_llava.schema.grammar import Call, Choice, Grammar, Node, Repeated, Rule, Series, Terminal
 
 MAX_VISITED = 4000
 """States that are visited in all to find out how far JSON tokens can be from their end."""

@@ -1,7 +1,7 @@
 """Makes the grammar of a schema's answers.
 
 Knows how values are written: compact, in the order of the schema, with at most one space after a comma or a colon. What
-a schema asks comes from `json_places`.
+a schema asks comes from `places`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from local_llava import json_numbers
 from local_llava.errors import UsageError
-from local_llava.json_automata import Automaton, Counted, Expression, TooComplexError, Words, string
-from local_llava.json_cases import (
+from local_llava.schema import numbers
+from local_llava.schema.automata import Automaton, Counted, Expression, TooComplexError, Words, string
+from local_llava.schema.cases import (
     ArrayCase,
     Case,
     Extra,
@@ -28,12 +28,12 @@ from local_llava.json_cases import (
     canonical,
     least,
 )
-from local_llava.json_formats import FORMATS
-from local_llava.json_grammar import Call, Choice, Grammar, Node, Repeated, Rule, Series, Terminal, inside
-from local_llava.json_intersection import Both
-from local_llava.json_places import Schemas, place
-from local_llava.json_regex import ANYTHING, Regex, Repeat, lengths, parse_pattern
-from local_llava.json_text import quote
+from local_llava.schema.formats import FORMATS
+from local_llava.schema.grammar import Call, Choice, Grammar, Node, Repeated, Rule, Series, Terminal, inside
+from local_llava.schema.intersection import Both
+from local_llava.schema.places import Schemas, place
+from local_llava.schema.regex import ANYTHING, Regex, Repeat, lengths, parse_pattern
+from local_llava.schema.text import quote
 
 MAX_NODES = 60_000
 """Nodes of the largest grammar."""
@@ -176,10 +176,8 @@ class _Builder:
 
     def number(self, case: NumberCase) -> Node:
         try:
-            tree = (
-                json_numbers.integer(case.bounds, case.multiple) if case.integral else json_numbers.number(case.bounds)
-            )
-        except json_numbers.MultiplesError as e:
+            tree = numbers.integer(case.bounds, case.multiple) if case.integral else numbers.number(case.bounds)
+        except numbers.MultiplesError as e:
             raise UsageError(f"schema: at {self.rule.name}: {e}") from e
         return self.choice([]) if tree is None else self.terminal(tree, lambda: Expression(tree, self.schemas.work))
 

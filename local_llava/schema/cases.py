@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from local_llava.json_automata import Automaton, TooComplexError
-from local_llava.json_numbers import Bounds
-from local_llava.json_text import quote
+from local_llava.schema.automata import Automaton, TooComplexError
+from local_llava.schema.numbers import Bounds
+from local_llava.schema.text import quote
 
 Key: TypeAlias = tuple[str, ...]
 """A place: JSON pointers of schemas that all apply to the same value. `=` before one leaves out what it refers to or

@@ -1,7 +1,7 @@
 """What a user gives as a schema -> the text of a schema that answers can be held to.
 
 Knows which keywords of JSON Schema are supported, and refuses every other one by name: a keyword that is silently
-ignored would be a wrong answer later. Does not know what keywords mean (`json_places`) or how answers are sampled
+ignored would be a wrong answer later. Does not know what keywords mean (`places`) or how answers are sampled
 (`constraint`).
 """
 
@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from local_llava import json_numbers
 from local_llava.errors import UsageError
-from local_llava.json_formats import FORMATS
-from local_llava.json_places import place, step, target
-from local_llava.json_regex import RegexError, parse_pattern, size
+from local_llava.schema import numbers
+from local_llava.schema.formats import FORMATS
+from local_llava.schema.places import place, step, target
+from local_llava.schema.regex import RegexError, parse_pattern, size
 
 MAX_TEXT = 256 << 10
 """Characters of the largest schema."""
@@ -106,9 +106,9 @@ def compile_schema(value: object) -> str:
     _Checker(document).check_all(document)
     compiled = json.dumps(document, separators=(",", ":"))
     # Here, since a schema can be checked without llguidance or numpy up to this line.
-    from local_llava import constraint, json_rules
+    from local_llava.schema import constraint, rules
 
-    constraint.check_grammar(json_rules.grammar(document))
+    constraint.check_grammar(rules.grammar(document))
     return compiled
 
 
@@ -330,7 +330,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_bound(value: Any) -> bool:
-    return _is_number(value) and json_numbers.in_reach(value)
+    return _is_number(value) and numbers.in_reach(value)
 
 
 def _are_types(value: Any) -> bool:

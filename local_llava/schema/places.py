@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from local_llava.errors import UsageError
-from local_llava.json_automata import Automaton, Work, string
-from local_llava.json_cases import (
+from local_llava.schema.automata import Automaton, Work, string
+from local_llava.schema.cases import (
     ArrayCase,
     Case,
     Extra,
@@ -31,11 +31,11 @@ from local_llava.json_cases import (
     holds,
     least,
 )
-from local_llava.json_formats import FORMATS
-from local_llava.json_intersection import Both
-from local_llava.json_numbers import Bounds
-from local_llava.json_regex import parse_pattern
-from local_llava.json_text import quote
+from local_llava.schema.formats import FORMATS
+from local_llava.schema.intersection import Both
+from local_llava.schema.numbers import Bounds
+from local_llava.schema.regex import parse_pattern
+from local_llava.schema.text import quote
 
 MAX_CHAIN = 100
 """References that lead from one to the next, without a property or an item between them."""
@@ -84,7 +84,7 @@ def target(reference: str) -> str:
 
 
 class Schemas:
-    """One document and the cases of its places: `json_cases.Places`."""
+    """One document and the cases of its places: `cases.Places`."""
 
     def __init__(self, document: Any) -> None:
         self._document = document

@@ -1,7 +1,7 @@
 """Holds sampling to a schema: which tokens may come next, so that the answer is valid JSON and ends in time.
 
 The one importer of llguidance, which knows fast which tokens the grammar allows. How far the end is it does not know;
-`json_parser` does, and where the budget gets short only tokens are allowed from which the answer can still be ended.
+`parser` does, and where the budget gets short only tokens are allowed from which the answer can still be ended.
 Knows no model: a vocabulary comes as the bytes of its tokens.
 """
 
@@ -17,10 +17,10 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import json_rules
 from local_llava.errors import EngineError, LocalLlavaError, UsageError
-from local_llava.json_grammar import Grammar
-from local_llava.json_parser import Parser, State
+from local_llava.schema import rules
+from local_llava.schema.grammar import Grammar
+from local_llava.schema.parser import Parser, State
 
 MAX_OPEN = 200
 """Values inside one another in an answer; Python's own json module gives up at 1000."""
@@ -202,7 +202,7 @@ class Constraint:
             UsageError: The vocabulary cannot write what the schema asks for.
         """
         self._vocabulary = vocabulary
-        grammar = json_rules.grammar(json.loads(schema_text))
+        grammar = rules.grammar(json.loads(schema_text))
         self._matcher = _matcher(grammar, vocabulary)
         self._parser = Parser(grammar, vocabulary.ids, vocabulary.longest)
         self._farthest = self._parser.farthest()

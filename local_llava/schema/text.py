@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from local_llava.json_regex import Cat, Chars, Or, Ranges, Regex, Repeat, complement, intersection, text, union
+from local_llava.schema.regex import Cat, Chars, Or, Ranges, Regex, Repeat, complement, intersection, text, union
 
 
 def quote(value: str) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from local_llava.json_regex import ANY, Cat, Or, Regex, Repeat, text
-from local_llava.json_text import escaped, lark, utf8
+from local_llava.schema.regex import ANY, Cat, Or, Regex, Repeat, text
+from local_llava.schema.text import escaped, lark, utf8
 
 MAX_WORK = 1_000_000
 """States and edges that the automata of one schema may cost while it is checked: some seconds."""

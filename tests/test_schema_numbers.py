@@ -9,9 +9,9 @@ from decimal import Decimal
 
 import pytest
 
-from local_llava.json_automata import Automaton, Expression, Work
-from local_llava.json_numbers import Bounds, MultiplesError, integer, number
-from local_llava.json_regex import Regex
+from local_llava.schema.automata import Automaton, Expression, Work
+from local_llava.schema.numbers import Bounds, MultiplesError, integer, number
+from local_llava.schema.regex import Regex
 
 
 def automaton(tree: Regex) -> Expression:

@@ -11,13 +11,13 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_json_numbers import written
+from test_schema_numbers import written
 
-from local_llava.json_automata import Automaton, Counted, Expression, Words, Work, string
-from local_llava.json_formats import FORMATS
-from local_llava.json_intersection import Both
-from local_llava.json_regex import ANYTHING, RegexError, lengths, parse_pattern, size
-from local_llava.json_text import quote
+from local_llava.schema.automata import Automaton, Counted, Expression, Words, Work, string
+from local_llava.schema.formats import FORMATS
+from local_llava.schema.intersection import Both
+from local_llava.schema.regex import ANYTHING, RegexError, lengths, parse_pattern, size
+from local_llava.schema.text import quote
 
 PATTERNS = [
     r"^[A-Z]{2,3}-\d{4}$", "^(a|b)*abb$", "colou?r", r"^\S+@\S+$", r"^[^\d\W]\w*$", r"^(?:\+\d{1,3})? ?\d{3,}$",
@@ -177,7 +177,7 @@ def test_a_pattern_and_a_length_that_exclude_each_other_have_no_way() -> None:
 
 
 def test_an_automaton_forgets_what_it_need_not_remember(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("local_llava.json_automata.MAX_REMEMBERED", 50)
+    monkeypatch.setattr("local_llava.schema.automata.MAX_REMEMBERED", 50)
     pattern = string(parse_pattern("^(a|b)*a(a|b){30}$"), work())
     for letters in ("a" * 31, "ab" * 40, "b" * 50 + "a" * 31):
         assert pattern.matches(f'"{letters}"'.encode()) == (letters[-31] == "a")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, TypeAlias
 
-from local_llava.json_automata import MAX_REMEMBERED, Automaton, TooComplexError, Work, filler
+from local_llava.schema.automata import MAX_REMEMBERED, Automaton, TooComplexError, Work, filler
 
 MAX_STATES = 2000
 """States that one search for an end may visit."""

@@ -21,8 +21,8 @@ import pytest
 from json_schemas import BY_HAND, PERSON
 
 from local_llava.errors import UsageError
-from local_llava.json_formats import FORMATS
-from local_llava.json_schema import SUPPORTED, compile_schema
+from local_llava.schema.compiler import SUPPORTED, compile_schema
+from local_llava.schema.formats import FORMATS
 
 DOCS = Path(__file__).parent.parent / "docs" / "json-schema.md"
 
@@ -111,7 +111,7 @@ def test_types_are_described_by_pydantic(value: Any) -> None:
 
 def test_pydantic_is_imported_only_for_who_uses_it() -> None:
     code = (
-        "import sys\nfrom local_llava.json_schema import compile_schema\ncompile_schema({'type': 'string'})\n"
+        "import sys\nfrom local_llava.schema.compiler import compile_schema\ncompile_schema({'type': 'string'})\n"
         "assert 'pydantic' not in sys.modules\n"
         "try: compile_schema(int)\nexcept ValueError as e: print(e)"
     )

@@ -14,12 +14,12 @@ import pydantic
 import pytest
 import random_schemas
 from json_schemas import BY_HAND, make
-from test_json_schema import Cat, Dog, Everything
+from test_schema_compiler import Cat, Dog, Everything
 
-from local_llava.constraint import MAX_OPEN, Constraint, Vocabulary
 from local_llava.errors import EngineError, UsageError
-from local_llava.json_schema import compile_schema
 from local_llava.llm_vocab import byte_alphabet
+from local_llava.schema.compiler import compile_schema
+from local_llava.schema.constraint import MAX_OPEN, Constraint, Vocabulary
 
 TINY = Path(__file__).parent.parent / "models" / "tiny-llava" / "tokenizer.json"
 END = b"<|eot_id|>"

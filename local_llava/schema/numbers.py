@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 
-from local_llava.json_regex import Cat, Chars, Or, Regex, Repeat, text
+from local_llava.schema.regex import Cat, Chars, Or, Regex, Repeat, text
 
 LARGEST, FINEST = 60, 40
 """Digits before and after the point of the largest and the finest bound."""

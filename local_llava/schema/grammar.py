@@ -1,7 +1,7 @@
 """The grammar of a schema's answers: rules over terminals, each of which is one JSON token.
 
-Knows what a grammar is made of, what its shortest text is, and how llguidance wants to read it. `json_rules` makes it
-from a schema, `json_parser` follows a text through it. Does not know schemas, nor the tokens of a model.
+Knows what a grammar is made of, what its shortest text is, and how llguidance wants to read it. `rules` makes it
+from a schema, `parser` follows a text through it. Does not know schemas, nor the tokens of a model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from local_llava.json_automata import Automaton
+from local_llava.schema.automata import Automaton
 
 
 @dataclass(eq=False, slots=True)
