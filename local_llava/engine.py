@@ -7,7 +7,6 @@ models belong to one thread of their own (`worker`), which answers one request a
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -20,18 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import hub, memory, prompt
+from local_llava import anyres, hub, memory, prompt
 from local_llava.chat import ChatFormat, Slot
 from local_llava.conversation import Conversation, Images, as_list, as_messages
-from local_llava.errors import EngineError, ModelFileError
+from local_llava.errors import EngineError, ModelFileError, UsageError
 from local_llava.generation import Context, Picture, Progress, Request
 from local_llava.gguf_file import GGUFFile
-from local_llava.images import ImageLike, load_image, preprocess, with_mode
+from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mode
 from local_llava.llm import LLM
 from local_llava.llm_file import check_llm, check_pair
 from local_llava.mmproj import check_mmproj
 from local_llava.schema.compiler import compile_schema
-from local_llava.types import Chunk, Message, ModelFiles, Options, Reply
+from local_llava.types import Chunk, Message, ModelFiles, Options, Preprocessing, Reply
 from local_llava.vision import VisionTower
 from local_llava.worker import Worker
 
@@ -102,7 +101,8 @@ class Llava:
         llm_config, tower_config = check_llm(gguf), check_mmproj(mmproj_gguf)
         check_pair(llm_config, files.mmproj, tower_config.n_out)
         hub.check_pair_ids(gguf, mmproj_gguf)
-        n_ctx = memory.choose_n_ctx(llm_config, files, tower_config.activation_bytes, settings)
+        largest = anyres.most_tokens(tower_config.preprocessing, tower_config.n_tokens)
+        n_ctx = memory.choose_n_ctx(llm_config, files, memory.picture_bytes(tower_config), settings, largest)
         with ExitStack() as stack:
             tower = VisionTower.load(
                 files.mmproj,
@@ -202,8 +202,11 @@ class Llava:
                 if isinstance(item, Chunk):
                     yield item
 
-    def embed_images(self, images: Images) -> NDArray[np.float32]:
+    def embed_images(self, images: Images) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """Image embeddings as the language model gets them: float32 [n_images, n_tokens, n_embd].
+
+        Of LLaVA-NeXT, where the number of tokens depends on a picture's size, pictures that do not all take as many
+        come as a list with one [n_tokens, n_embd] for each. Either may be indexed and iterated by picture.
 
         Raises:
             ImageError: A picture cannot be read.
@@ -212,20 +215,40 @@ class Llava:
         known = self._worker.call(lambda: self._context.embeddings(pictures))
         if not pictures:
             return np.empty((0, self._tower.n_tokens, self._tower.n_embd), np.float32)
-        return np.stack([known[picture.digest] for picture in pictures])
+        embeddings = [known[picture.digest] for picture in pictures]
+        return np.stack(embeddings) if len({len(e) for e in embeddings}) == 1 else embeddings
 
     def logits(self, question: str, images: Images = (), *, system: str | None = None) -> NDArray[np.float32]:
         """Logits of the answer's first token: float32 [n_vocab]."""
         prepared = self._prepare(question, images, {} if system is None else {"system": system})
         return self._worker.call(lambda: self._context.logits(self._request(*prepared)))
 
-    def prompt_tokens(self, question: str, n_images: int = 0, *, system: str | None = None) -> list[int | None]:
-        """The prompt of a question as token ids, None for each token of a picture."""
-        messages = as_messages(question, [*range(n_images)], system)
+    def prompt_tokens(self, question: str, images: Images | int = (), *, system: str | None = None) -> list[int | None]:
+        """The prompt of a question as token ids, None for each token of a picture.
+
+        Args:
+            question: As of `ask`.
+            images: As of `ask`; or, where all pictures take as many tokens, how many there are.
+            system: System prompt.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            UsageError: The number of pictures is not enough: the model's pictures take as many tokens as their size
+                asks for.
+        """
+        how = with_mode(self._tower.preprocessing, self.options.preprocess)
+        if isinstance(images, int):
+            if images and how.grid:
+                raise UsageError("images must be the pictures, not their number: their tokens depend on their sizes")
+            messages = as_messages(question, [*range(images)], system)
+            sizes = [(how.image_size, how.image_size)] * images
+        else:
+            messages = as_messages(question, images, system)
+            sizes = [load_image(image).size for message in messages for image in message.images]
         parts = self._worker.call(lambda: prompt.build(messages, self._format, self._llm.tokenize))
         tokens: list[int | None] = []
         for part in parts:
-            tokens += [None] * self._tower.n_tokens if isinstance(part, Slot) else part
+            tokens += [None] * self._arrangement(sizes[part.image], how).n_tokens if isinstance(part, Slot) else part
         return tokens
 
     def _answer(
@@ -260,10 +283,15 @@ class Llava:
             log.warning("%d pictures in one conversation: LLaVA was trained on one, and may mix them up", len(images))
         how = with_mode(self._tower.preprocessing, options.preprocess)
         pictures = []
-        for image in images:
-            pixels = preprocess([load_image(image)], how)[0]
-            pictures.append(Picture(pixels, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()))
+        for source in images:
+            image = load_image(source)
+            pictures.append(Picture.of(preprocess_tiles(image, how), self._arrangement(image.size, how)))
         return tuple(pictures)
+
+    def _arrangement(self, size: tuple[int, int], how: Preprocessing) -> anyres.Arrangement:
+        """Of a picture of that width and height."""
+        tower = self._tower
+        return anyres.arrangement(size[1], size[0], how, tower.n_tokens, tower.newline is not None)
 
     def _chunks(self, items: Iterator[Progress | Chunk], on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
         with closing(self._worker.iterate(items)) as results:

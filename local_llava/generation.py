@@ -6,16 +6,18 @@ Knows the language model, the tower and the order of steps. Runs in the thread t
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from local_llava.answer import Answer
+from local_llava.anyres import Arrangement
 from local_llava.chat import Slot
 from local_llava.errors import PromptError
 from local_llava.llm import LLM, N_BATCH
@@ -24,11 +26,19 @@ from local_llava.schema.constraint import Constraint, Vocabulary
 from local_llava.types import Chunk, Options, Timings
 from local_llava.vision import VisionTower
 
-Unit: TypeAlias = "int | bytes"
-"""What the context holds, piece by piece: a token, or a whole picture by its digest."""
+KNOWN_BYTES = 128 << 20
+"""Most bytes of embeddings that are kept in memory: 14 pictures of the 8B model, or two of LLaVA-NeXT's largest."""
 
-KNOWN_PICTURES = 8
-"""Pictures whose embeddings are kept in memory: 9 MB each for the 8B model."""
+
+class Shown(NamedTuple):
+    """A whole picture in the context."""
+
+    digest: bytes
+    n_tokens: int
+
+
+Unit: TypeAlias = "int | Shown"
+"""What the context holds, piece by piece: a token, or a whole picture."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,23 @@ class Picture:
     """A picture, ready for the tower."""
 
     pixels: NDArray[np.float32]
-    """float32 [3, image_size, image_size]"""
+    """float32 [n_tiles, 3, image_size, image_size]"""
+    arrangement: Arrangement
+    """Of the tiles' embeddings."""
     digest: bytes
-    """Of the pixels."""
+    """Of both."""
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.float32], arrangement: Arrangement) -> Picture:
+        """Computes the digest. Pictures of two sizes may have the same pixels, but show other parts of them."""
+        digest = hashlib.blake2b(repr(arrangement).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(pixels).data)
+        return cls(pixels, arrangement, digest.digest())
+
+    @property
+    def shown(self) -> Shown:
+        """What the context holds of it."""
+        return Shown(self.digest, self.arrangement.n_tokens)
 
 
 @dataclass(frozen=True)
@@ -58,10 +82,15 @@ class Request:
         units: list[Unit] = []
         for part in self.prompt:
             if isinstance(part, Slot):
-                units.append(self.pictures[part.image].digest)
+                units.append(self.pictures[part.image].shown)
             else:
                 units += part
         return units
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the prompt that pictures take."""
+        return sum(picture.arrangement.n_tokens for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -109,7 +138,7 @@ class Context:
             prefill_s=prefilled - encoded,
             decode_s=time.perf_counter() - prefilled,
             prompt_tokens=total,
-            image_tokens=len(request.pictures) * self._tower.n_tokens,
+            image_tokens=request.image_tokens,
             reused_tokens=reused,
             images_encoded=n_encoded,
             completion_tokens=answer.n_sampled,
@@ -129,24 +158,29 @@ class Context:
         """Image embeddings by the picture's digest: float32 [n_tokens, n_embd]."""
         new = {p.digest: p for p in pictures if p.digest not in self._known}
         if new:
-            encoded = self._tower.encode(np.stack([p.pixels for p in new.values()]))
-            self._known.update(zip(new, encoded, strict=True))
+            features = self._tower.encode(np.concatenate([p.pixels for p in new.values()]))
+            for picture in new.values():
+                tiles, features = np.split(features, [len(picture.pixels)])
+                self._known[picture.digest] = picture.arrangement.apply(tiles, self._tower.newline)
         for picture in pictures:
             self._known.move_to_end(picture.digest)
         found = {p.digest: self._known[p.digest] for p in pictures}
-        while len(self._known) > KNOWN_PICTURES:
-            self._known.popitem(last=False)
+        excess = sum(known.nbytes for known in self._known.values()) - KNOWN_BYTES
+        while excess > 0:
+            excess -= self._known.popitem(last=False)[1].nbytes
         return found
 
     def _check_fits(self, request: Request) -> int:
         """Tokens of the prompt."""
-        n_pictures = len(request.pictures) * self._tower.n_tokens
-        total = n_pictures + sum(len(part) for part in request.prompt if not isinstance(part, Slot))
+        n_image = request.image_tokens
+        total = n_image + sum(len(part) for part in request.prompt if not isinstance(part, Slot))
         if total >= self._llm.n_ctx:
-            pictures = f", {n_pictures} of them for pictures" if n_pictures else ""
+            pictures = f", {n_image} of them for pictures" if n_image else ""
+            one_tile = any(len(p.pixels) > 1 for p in request.pictures)
             raise PromptError(
                 f"the prompt has {total} tokens{pictures}, the context {self._llm.n_ctx}: "
                 "shorten the conversation, or raise n_ctx (--n-ctx)"
+                + (", or show pictures with less detail (--preprocess pad)" if one_tile else "")
             )
         return total
 
@@ -161,7 +195,7 @@ class Context:
         """Embeddings of the pictures that the context does not hold yet, and how many were not known."""
         units = request.units()
         kept = set(units[: self._common(units)])
-        needed = [p for p in request.pictures if p.digest not in kept]
+        needed = [p for p in request.pictures if p.shown not in kept]
         n_new = len({p.digest for p in needed} - self._known.keys())
         return self.embeddings(needed), n_new
 
@@ -179,11 +213,11 @@ class Context:
         units = request.units()
         n_kept = self._common(units)
         del self._held[n_kept:]
-        if not self._llm.truncate(sum(self._n_cells(unit) for unit in self._held)):
+        if not self._llm.truncate(sum(unit.n_tokens if isinstance(unit, Shown) else 1 for unit in self._held)):
             self._held.clear()
         reused = self._llm.n_past
         for piece in _pieces(units[len(self._held) :]):
-            inputs = embeddings[piece[0]] if isinstance(piece[0], bytes) else cast("list[int]", piece)
+            inputs = embeddings[piece[0].digest] if isinstance(piece[0], Shown) else cast("list[int]", piece)
             for start in range(0, len(inputs), N_BATCH):
                 batch = inputs[start : start + N_BATCH]
                 self._llm.decode(batch, last=self._llm.n_past + len(batch) == total)
@@ -197,15 +231,12 @@ class Context:
         self._llm.decode([token], last=True)
         self._held.append(token)
 
-    def _n_cells(self, unit: Unit) -> int:
-        return self._tower.n_tokens if isinstance(unit, bytes) else 1
-
 
 def _pieces(units: Sequence[Unit]) -> Iterator[list[Unit]]:
     """Runs of tokens, and pictures one by one: llama.cpp's batches carry either tokens or embeddings."""
     run: list[Unit] = []
     for unit in units:
-        if run and (isinstance(unit, bytes) or isinstance(run[-1], bytes)):
+        if run and (isinstance(unit, Shown) or isinstance(run[-1], Shown)):
             yield run
             run = []
         run.append(unit)

@@ -12,17 +12,23 @@ from pathlib import Path
 
 import psutil
 
-from local_llava import ggml
+from local_llava import anyres, ggml
 from local_llava.errors import EngineError, UsageError
 from local_llava.llm import N_BATCH
 from local_llava.llm_file import LLMConfig
+from local_llava.mmproj import TowerConfig
 from local_llava.types import KVType, ModelFiles, Options
+from local_llava.vision import MAX_ACTIVATIONS
 
 MAX_DEFAULT_N_CTX = 8192
-"""Longest context that is chosen without being asked for: what Llama 3 was trained for; a picture takes 576."""
+"""Longest context that is chosen without being asked for: what Llama 3 was trained for; a picture takes 576, more of
+LLaVA-NeXT."""
 
 _MIN_DEFAULT_N_CTX = 2048
 """Shorter ones hold too little besides a picture to be chosen unasked."""
+
+_ROOM = 1024
+"""Tokens besides the largest picture that a context chosen unasked has: of LLaVA-NeXT one may take 2,928."""
 
 _KV_BYTES: dict[KVType, float] = {"F32": 4, "F16": 2, "Q8_0": 34 / 32}
 
@@ -69,8 +75,25 @@ def need(llm: LLMConfig, files: ModelFiles, tower_bytes: int, n_ctx: int, option
     )
 
 
-def choose_n_ctx(llm: LLMConfig, files: ModelFiles, tower_bytes: int, options: Options) -> int:
+def picture_bytes(tower: TowerConfig) -> int:
+    """Bytes of the intermediate results of one picture, and in LLaVA-NeXT of what is made of its tiles."""
+    if not tower.preprocessing.grid:
+        return tower.activation_bytes
+    n_tiles = anyres.most_tiles(tower.preprocessing)
+    at_once = max(tower.activation_bytes, min(n_tiles * tower.activation_bytes, MAX_ACTIVATIONS))
+    pixels = 3 * tower.preprocessing.image_size**2
+    return at_once + 4 * n_tiles * (pixels + 2 * tower.n_tokens * tower.n_out)  # as tiles, and in order
+
+
+def choose_n_ctx(llm: LLMConfig, files: ModelFiles, tower_bytes: int, options: Options, picture: int = 0) -> int:
     """The context length to load a pair with: what the user named, or the longest default that fits.
+
+    Args:
+        llm: The language model's sizes.
+        files: The pair.
+        tower_bytes: As of `need`; see `picture_bytes`.
+        options: As of `need`, and for the length that the user named.
+        picture: Most tokens that one picture takes. No default is chosen that it would fill.
 
     Raises:
         UsageError: The user named more than the model was trained for.
@@ -81,8 +104,8 @@ def choose_n_ctx(llm: LLMConfig, files: ModelFiles, tower_bytes: int, options: O
             f"n_ctx must be 1 to {llm.n_ctx_train}, what {llm.path.name} was trained for, not {options.n_ctx}"
         )
     free = available()
-    longest = options.n_ctx or min(MAX_DEFAULT_N_CTX, llm.n_ctx_train)
-    shorter = [] if options.n_ctx else [n for n in (4096, _MIN_DEFAULT_N_CTX) if n < longest]
+    longest = options.n_ctx or min(max(MAX_DEFAULT_N_CTX, picture + _ROOM), llm.n_ctx_train)
+    shorter = [] if options.n_ctx else [n for n in (4096, _MIN_DEFAULT_N_CTX) if picture + _ROOM <= n < longest]
     for n_ctx in (longest, *shorter):
         least = need(llm, files, tower_bytes, n_ctx, options)
         if least.total <= free:

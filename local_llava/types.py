@@ -62,7 +62,8 @@ class Options:
     json_schema: Any = None
     """A schema that the answer must follow: a mapping, JSON text, or a pydantic model. docs/json-schema.md."""
     preprocess: PreprocessChoice = "checkpoint"
-    """"pad" shows the tower the whole picture, "crop" its middle, "checkpoint" what the model's file says."""
+    """"pad" shows the tower the whole picture, "crop" its middle, "checkpoint" what the model's file says.
+    LLaVA-NeXT, which cuts large pictures into tiles, sees with "pad" and "crop" one tile."""
 
     n_ctx: int | None = None
     """Context length in tokens: prompt, pictures, answer. None for what model and memory allow, at most 8192."""
@@ -288,7 +289,9 @@ class Preprocessing:
 
 
 MAX_TILES = 64
-"""Tiles that a picture may be cut into."""
+"""Tiles that a picture may be cut into; LLaVA-NeXT's largest grid has four."""
+MAX_GRID_PIXELS = 1 << 25
+"""Pixels of all tiles, which are in memory together."""
 
 
 def _grid(flat: Any, size: int, where: str) -> tuple[tuple[int, int], ...]:
@@ -298,8 +301,10 @@ def _grid(flat: Any, size: int, where: str) -> tuple[tuple[int, int], ...]:
     if not numbers or len(flat) % 2 or len(flat) > 128:
         raise ModelFileError(f"{where}: {key} must be pairs of multiples of image_size {size}, not {flat!a:.80}")
     grid = tuple(zip(flat[::2], flat[1::2], strict=True))
-    if any(height * width > MAX_TILES * size * size for height, width in grid):
-        raise ModelFileError(f"{where}: {key} has a size of more than {MAX_TILES} tiles: {flat!a:.80}")
+    if any(height * width > min(MAX_TILES * size * size, MAX_GRID_PIXELS) for height, width in grid):
+        raise ModelFileError(
+            f"{where}: {key} has a size of more than {MAX_TILES} tiles or {MAX_GRID_PIXELS} pixels: {flat!a:.80}"
+        )
     return grid
 
 
