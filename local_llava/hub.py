@@ -1,35 +1,36 @@
 """From what a user names to the files of a pair.
 
-Knows the directories where models live, and which two files belong together. Converts a checkpoint that is named where
-a pair is needed, once, and keeps the result in `models_dir()`.
+Knows which two files belong together, and where to look for a name: in the store, then in the Hugging Face cache.
+Converts a checkpoint that is named where a pair is needed, once, and keeps the result in the store. Never downloads.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import importlib.resources
-import json
-import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-import platformdirs
-
-from local_llava.errors import CheckpointError, ModelFileError, OutputError, UsageError
+from local_llava import hub_cache, model_list, store
+from local_llava.errors import ModelFileError, UsageError
 from local_llava.gguf_file import GGUFFile
+from local_llava.model_list import ModelEntry
+from local_llava.origin import Origin, Pair
+from local_llava.store import models_dir
 from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
+
+__all__ = ["OnConvert", "builtin_checkpoint", "check_pair_ids", "converted", "models_dir", "resolve"]
 
 OnConvert: TypeAlias = Callable[[Path, int], Callable[[int], None]]
 
-log = logging.getLogger("local_llava")
+_CONVERSION = "1"
+"""To be raised when the same checkpoint gives other files than before, so that those kept are made anew."""
 
-
-def models_dir() -> Path:
-    """Where conversions are kept: $LOCAL_LLAVA_HOME, or the platform's directory for a user's data."""
-    home = os.environ.get("LOCAL_LLAVA_HOME")
-    return Path(home) if home else Path(platformdirs.user_data_dir("local-llava", appauthor=False))
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:\w+)?")
+"""What may be NAME, owner/name or a key, with :QUANT or not. Anything else can only be a path."""
 
 
 def builtin_checkpoint() -> Path:
@@ -41,39 +42,74 @@ def resolve(
     model: str | os.PathLike[str] | None,
     mmproj: str | os.PathLike[str] | None = None,
     on_convert: OnConvert | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> ModelFiles:
     """Find the pair that a user means.
 
     Args:
-        model: A language model's GGUF, a directory with one pair, or a checkpoint; None for the built-in model.
+        model: A language model's GGUF, a directory with one pair, or a checkpoint; else a name of the model list or a
+            repository of the Hub, with :QUANT or not, that is in the store or in the Hugging Face cache; else the key
+            of a kept pair. None for the built-in model. What exists as a path is taken for one.
         mmproj: The other file; None to find it.
         on_convert: Called with the checkpoint and the bytes to be written when one has to be converted first; gives
             what to call with the bytes written.
+        on_wait: Called when another process is converting the same checkpoint, before waiting for it; None to log it.
 
     Raises:
         ModelFileError: Nothing usable is there, or more than one pair.
         CheckpointError: The checkpoint cannot be converted.
-        UsageError: An mmproj was named without its model.
+        UsageError: An mmproj was named without its model, or a type that there is not.
+        OutputError: A conversion cannot be kept.
     """
     if model is None:
         if mmproj is not None:
             raise UsageError("an mmproj needs its language model: name both")
-        return converted(builtin_checkpoint(), on_convert)
+        return converted(builtin_checkpoint(), on_convert, on_wait)
     path = Path(model)
-    if path.is_dir():
+    own = None if mmproj is None else Path(mmproj)
+    kind = _what(path)
+    if kind == "directory":
         # Repositories of GGUF files often carry the config.json, too.
-        if (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        if _is_checkpoint(path):
             if mmproj is not None:
                 raise UsageError(f"{path} is a checkpoint, which brings its own tower: name no mmproj")
-            return converted(path, on_convert)
-        return _pair_in(path, None if mmproj is None else Path(mmproj))
-    if not path.exists():
+            return converted(path, on_convert, on_wait)
+        return _pair_in(path, own)
+    if kind == "file":
+        return ModelFiles(path, own or _mmproj_beside(path))
+    if not _NAME.fullmatch(str(model)) or path.suffix == ".gguf":
         raise ModelFileError(f"{path}: no such file or directory; a GGUF, or a directory with a pair or a checkpoint")
-    return ModelFiles(path, Path(mmproj) if mmproj is not None else _mmproj_beside(path))
+    files = _named(str(model), on_convert, on_wait)
+    return ModelFiles(files.model, own) if own else files
 
 
-def converted(checkpoint: Path, on_convert: OnConvert | None = None) -> ModelFiles:
+def _what(path: Path) -> Literal["directory", "file", "nothing"]:
+    try:
+        return "directory" if path.is_dir() else "file" if path.exists() else "nothing"
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            return "nothing"
+        raise ModelFileError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def converted(
+    checkpoint: Path,
+    on_convert: OnConvert | None = None,
+    on_wait: Callable[[], None] | None = None,
+    *,
+    quant: str = DEFAULT_QUANT,
+    mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
+    repository: str | None = None,
+) -> ModelFiles:
     """The pair made of a checkpoint, converted now if it was not before or has changed since.
+
+    Args:
+        checkpoint: Its directory.
+        on_convert: As of `resolve`, as is the next.
+        on_wait: Several processes that want the same conversion make it once; this is called by those that wait.
+        quant: Type of the language model, in upper case.
+        mmproj_quant: Type of the mmproj.
+        repository: That the directory is a snapshot of; None for a user's own.
 
     Raises:
         CheckpointError: The checkpoint cannot be converted.
@@ -81,41 +117,149 @@ def converted(checkpoint: Path, on_convert: OnConvert | None = None) -> ModelFil
     """
     from local_llava.convert import prepare
 
-    directory = models_dir() / "converted" / _digest(checkpoint)
-    files = _kept(directory)
-    if files is not None:
-        return files
-    conversion = prepare(checkpoint, directory, quant=DEFAULT_QUANT, mmproj_quant=DEFAULT_MMPROJ_QUANT)
-    progress = on_convert(checkpoint, sum(conversion.sizes)) if on_convert else None
-    try:
-        return conversion.write(progress=progress)
-    except OutputError:
-        # Another process may have been faster with the same conversion.
-        files = _kept(directory)
-        if files is not None:
+    digest = store.source_digest(checkpoint)
+    key = store.key_of(_CONVERSION, digest, quant, mmproj_quant)
+    pair = store.get(key)
+    if pair is not None:
+        return pair.files
+    name = _name_of(checkpoint, repository)
+    with store.new_pair(key, name, on_wait=on_wait) as new:
+        if new.pair is not None:
+            return new.pair.files
+        conversion = prepare(checkpoint, new.directory, quant=quant, mmproj_quant=mmproj_quant)
+        progress = on_convert(checkpoint, sum(conversion.sizes)) if on_convert else None
+        files = conversion.write(progress=progress)
+        origin = Origin(
+            kind="converted",
+            name=name,
+            quant=quant,
+            mmproj_quant=mmproj_quant,
+            source=str(checkpoint.resolve()),
+            repository=repository,
+            revision=checkpoint.name if repository else None,
+            digest=digest,
+        )
+        return new.publish(origin, files).files
+
+
+def _name_of(checkpoint: Path, repository: str | None) -> str:
+    if repository is not None:
+        entry = model_list.find(repository)
+        return entry.name if entry else repository
+    from local_llava.convert.conversion import model_name
+
+    return model_name(checkpoint)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    from local_llava.convert.families import is_checkpoint
+
+    return is_checkpoint(path) and not any(path.glob("*.gguf"))
+
+
+def _named(name: str, on_convert: OnConvert | None, on_wait: Callable[[], None] | None) -> ModelFiles:
+    """The pair that a name with or without a type means: from the store, else from the Hugging Face cache."""
+    base, quant = model_list.split_name(name)
+    entry = model_list.find(base)
+    kept = store.find(base)
+    pair = _chosen(kept, quant)
+    if pair is not None:
+        return pair.files
+    if quant is not None:
+        _check_quant(quant)
+    preferred = [repository.name for repository in entry.repositories] if entry else []
+    for repository in [base] if "/" in base else preferred:
+        for snapshot in filter(hub_cache.is_complete, hub_cache.snapshots(repository)):
+            if _is_checkpoint(snapshot):
+                return converted(snapshot, on_convert, on_wait, quant=quant or DEFAULT_QUANT, repository=repository)
+            published = _published(entry, repository, snapshot, quant) or _pair_of_type(snapshot, quant)
+            if published is not None:
+                return published
+    raise ModelFileError(_absent(name, base, quant, kept))
+
+
+def _chosen(kept: list[Pair], quant: str | None) -> Pair | None:
+    """The pair of the type that is wanted; where none is, of the default type, or else the only one."""
+    of_type = [pair for pair in kept if pair.origin.quant == (quant or DEFAULT_QUANT)]
+    if not of_type and quant is None and len({pair.origin.quant for pair in kept}) == 1:
+        of_type = kept
+    # The tower of the default type first, and then the newest, as they come.
+    return min(of_type, key=lambda pair: pair.origin.mmproj_quant != DEFAULT_MMPROJ_QUANT, default=None)
+
+
+def _absent(name: str, base: str, quant: str | None, kept: list[Pair]) -> str:
+    """Why a name cannot be used, and what can be done."""
+    if kept:
+        there = ", ".join(sorted({f"{base}:{pair.origin.quant}" for pair in kept}))
+        wanted = f"{name} is not on this computer" if quant else f"{name}: say which"
+        return f"{wanted}; there are {there}" + (f"; `{_pull(base, quant)}` adds it" if quant else "")
+    entry = model_list.find(base)
+    if entry is not None:
+        return (
+            f"{name} is not on this computer: `{_pull(base, quant)}` downloads it{_download_size(entry, base, quant)}"
+        )
+    if model_list.is_repository(base):
+        return (
+            f"{name}: no such file or directory, nor a repository that is on this computer: "
+            f"`{_pull(base, quant)}` downloads it from the Hugging Face Hub{model_list.suggestion(base)}"
+        )
+    return (
+        f"{name}: no such file or directory, and no model is called that{model_list.suggestion(base)}; "
+        "`local-llava models` lists them"
+    )
+
+
+def _pull(base: str, quant: str | None) -> str:
+    return f"local-llava pull {base}" + (f" --quant {quant}" if quant else "")
+
+
+def _download_size(entry: ModelEntry, base: str, quant: str | None) -> str:
+    from local_llava.convert.write import human_size
+    from local_llava.model_sizes import download_bytes
+
+    size = download_bytes(entry, quant or DEFAULT_QUANT, repository=base if "/" in base else None)
+    return f" ({human_size(size)})" if size else ""
+
+
+def _check_quant(quant: str) -> None:
+    from local_llava.convert import mixes
+
+    mixes.get_mix(quant, mixes.LLM_MIXES)
+
+
+def _published(entry: ModelEntry | None, repository: str, snapshot: Path, quant: str | None) -> ModelFiles | None:
+    """The pair of a repository of GGUF files that is in the model list, where both files are there."""
+    listed = entry.repository(repository) if entry else None
+    for pair in listed.pairs if listed else ():
+        files = ModelFiles(snapshot / pair.model, snapshot / pair.mmproj)
+        if pair.quant == (quant or DEFAULT_QUANT) and files.model.is_file() and files.mmproj.is_file():
             return files
-        raise
+    return None
 
 
-def _kept(directory: Path) -> ModelFiles | None:
-    """The pair in a directory of ours. Files appear there only when complete, the mmproj last."""
-    found = sorted(directory.glob("*.gguf")) if directory.is_dir() else []
-    mmproj = [p for p in found if "-mmproj-" in p.name]
-    model = [p for p in found if p not in mmproj]
-    return ModelFiles(model[0], mmproj[0]) if len(model) == len(mmproj) == 1 else None
+def _pair_of_type(directory: Path, quant: str | None) -> ModelFiles | None:
+    """The pair among GGUF files of any names whose language model has a type: the default one, or else the only one."""
+    models, projectors = _by_kind(directory)
+    types = {path: _quant_of(path) for path in models}
+    found = [path for path in models if types[path] == (quant or DEFAULT_QUANT)]
+    if not found and quant is None:
+        if len(models) > 1:
+            there = ", ".join(f"{types[path]} ({path.name})" for path in models)
+            raise ModelFileError(
+                f"{directory}: name the type that you mean (NAME:TYPE), or the file; there are {there}"
+            )
+        found = models
+    return ModelFiles(found[0], _only(projectors, found[0])) if found and projectors else None
 
 
-def _digest(checkpoint: Path) -> str:
-    """Changes when a file of the checkpoint does, or what is made of it."""
-    from local_llava import __version__
+def _quant_of(path: Path) -> str:
+    """The type that a language model says it has; "" where it does not say."""
+    from gguf import LlamaFileType
 
-    try:
-        files = sorted(p for p in checkpoint.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
-        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    except OSError as e:
-        raise CheckpointError(f"{checkpoint}: cannot be read: {e.strerror}") from e
-    key = json.dumps([str(checkpoint.resolve()), state, DEFAULT_QUANT, DEFAULT_MMPROJ_QUANT, __version__])
-    return hashlib.sha256(key.encode()).hexdigest()[:24]
+    number = GGUFFile.open(path).metadata.get("general.file_type")
+    if not isinstance(number, int) or number not in list(LlamaFileType):
+        return ""
+    return LlamaFileType(number).name.partition("_")[2]  # MOSTLY_Q4_K_M, ALL_F32
 
 
 def _kind(path: Path) -> str:
@@ -123,11 +267,16 @@ def _kind(path: Path) -> str:
     return str(GGUFFile.open(path).metadata.get("general.architecture"))
 
 
+def _by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The language models and the mmproj files of a directory."""
+    kinds = {path: _kind(path) for path in sorted(directory.glob("*.gguf"))}
+    models = [path for path, kind in kinds.items() if kind != "clip"]
+    return models, [path for path, kind in kinds.items() if kind == "clip"]
+
+
 def _pair_in(directory: Path, mmproj: Path | None) -> ModelFiles:
-    kinds = {p: _kind(p) for p in sorted(directory.glob("*.gguf"))}
-    models = [p for p, kind in kinds.items() if kind != "clip"]
-    projectors = [p for p, kind in kinds.items() if kind == "clip"]
-    if not kinds:
+    models, projectors = _by_kind(directory)
+    if not models and not projectors:
         raise ModelFileError(f"{directory}: neither GGUF files nor a checkpoint (config.json) are there")
     if len(models) != 1:
         names = ", ".join(p.name for p in models) or "none"

@@ -26,8 +26,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A GGUF, a directory with a pair, or a checkpoint, which is converted once and kept; or a name that "
-        "`local-llava ls` shows. Default: the built-in model, which knows coloured shapes only.",
+        help="A GGUF, a directory with a pair, a checkpoint (converted once and kept), or NAME[:TYPE] as `local-llava "
+        "models` lists. Default: the built-in model, which knows coloured shapes only.",
     ),
 ]
 MmprojOption = Annotated[Path | None, typer.Option(help="Tower and projector, if not beside the model.")]
