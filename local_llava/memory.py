@@ -51,12 +51,12 @@ class Need:
         return self.weights + self.kv_cache + self.compute
 
 
-def need(llm: LLMConfig, files: ModelFiles, tower_bytes: int, n_ctx: int, options: Options) -> Need:
+def need(llm: LLMConfig, sizes: tuple[int, int], tower_bytes: int, n_ctx: int, options: Options) -> Need:
     """What a pair needs.
 
     Args:
         llm: The language model's sizes.
-        files: The pair.
+        sizes: Bytes of the two files.
         tower_bytes: Bytes of the tower's intermediate results.
         n_ctx: Context length, tokens.
         options: For the KV type, and for the layers that go to a GPU.
@@ -67,7 +67,7 @@ def need(llm: LLMConfig, files: ModelFiles, tower_bytes: int, n_ctx: int, option
     row = llm.n_vocab + 3 * llm.n_ff + 8 * llm.n_embd
     if options.kv_type == "F32":  # no flash attention: see llm
         row += 2 * llm.n_head * cells
-    weights = share * files.model.stat().st_size + (files.mmproj.stat().st_size if share == 1 else 0)
+    weights = share * sizes[0] + (sizes[1] if share == 1 else 0)
     return Need(
         weights=int(weights),
         kv_cache=int(share * cells * llm.n_layer * per_token),
@@ -107,7 +107,7 @@ def choose_n_ctx(llm: LLMConfig, files: ModelFiles, tower_bytes: int, options: O
     longest = options.n_ctx or min(max(MAX_DEFAULT_N_CTX, picture + _ROOM), llm.n_ctx_train)
     shorter = [] if options.n_ctx else [n for n in (4096, _MIN_DEFAULT_N_CTX) if picture + _ROOM <= n < longest]
     for n_ctx in (longest, *shorter):
-        least = need(llm, files, tower_bytes, n_ctx, options)
+        least = need(llm, files.sizes, tower_bytes, n_ctx, options)
         if least.total <= free:
             return n_ctx
     raise EngineError(

@@ -24,7 +24,7 @@ from local_llava.llm_file import LLMConfig
 from local_llava.llm_vocab import Vocab
 from local_llava.mmproj import TowerConfig
 from local_llava.model_list import ModelEntry
-from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, ModelFiles, Options, Preprocessing
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, Options, Preprocessing
 
 QUANTS = tuple(mixes.LLM_MIXES)
 """Types of the language model, from the largest to the smallest."""
@@ -74,7 +74,9 @@ def size(entry: ModelEntry, quant: str = DEFAULT_QUANT, mmproj_quant: str = DEFA
     mmproj = _bytes(tower_rows, tensor_types.mmproj_types(mmproj_mix, _named(tower_rows)))
     llm = _llm_config(entry, decoder)
     n_ctx = min(memory.MAX_DEFAULT_N_CTX, llm.n_ctx_train)
-    return Size(model, mmproj, model + mmproj + _computing(llm, _tower_config(entry, decoder), n_ctx), n_ctx)
+    tower_bytes = memory.picture_bytes(_tower_config(entry, decoder))
+    need = memory.need(llm, (model, mmproj), tower_bytes, n_ctx, Options(n_gpu_layers=0))
+    return Size(model, mmproj, need.total, n_ctx)
 
 
 def download_bytes(entry: ModelEntry, quant: str, *, repository: str | None = None) -> int | None:
@@ -159,11 +161,3 @@ def _tower_config(entry: ModelEntry, decoder: Decoder) -> TowerConfig:
         n_hidden=decoder.n_embd,
         n_out=decoder.n_embd,
     )
-
-
-def _computing(llm: LLMConfig, tower: TowerConfig, n_ctx: int) -> int:
-    """Bytes that a pair takes besides its weights."""
-    # Sizes of files are what `need` looks up itself, and there are no files yet: these are any that exist.
-    any_files = ModelFiles(Path(__file__), Path(__file__))
-    need = memory.need(llm, any_files, memory.picture_bytes(tower), n_ctx, Options(n_gpu_layers=0))
-    return need.total - need.weights

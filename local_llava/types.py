@@ -215,7 +215,12 @@ class ModelFiles:
     model: Path
     """The language model, a GGUF."""
     mmproj: Path
-    """CLIP tower and projector, a GGUF."""
+    """Vision tower and projector, a GGUF."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the two files."""
+        return self.model.stat().st_size, self.mmproj.stat().st_size
 
 
 @dataclass(frozen=True)

@@ -384,7 +384,7 @@ def test_known_pictures_are_bounded_in_bytes(pair: Pair, monkeypatch: pytest.Mon
 
 def test_no_context_is_chosen_that_a_picture_fills(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     config = check_llm(GGUFFile.open(pair.files.model))
-    totals = {n: memory.need(config, pair.files, 0, n, Options()).total for n in (2048, 4096)}
+    totals = {n: memory.need(config, pair.files.sizes, 0, n, Options()).total for n in (2048, 4096)}
     monkeypatch.setattr(memory, "available", lambda: totals[2048])
     assert memory.choose_n_ctx(config, pair.files, 0, Options(), picture=576) == 2048
     with pytest.raises(Exception, match="needed for a context of 4096 tokens"):

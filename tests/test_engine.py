@@ -329,7 +329,7 @@ def test_the_estimate_covers_what_llama_cpp_takes(tmp_path: Path) -> None:
     )
     taken = int(done.stdout)
     config = check_llm(GGUFFile.open(files.model))
-    needed = memory.need(config, files, 1 << 20, 8192, Options())
+    needed = memory.need(config, files.sizes, 1 << 20, 8192, Options())
     assert taken <= needed.total <= 2 * taken, (taken, needed)
 
 
