@@ -45,14 +45,20 @@ class Checkpoint:
         Raises:
             CheckpointError: A file is missing, damaged or contradicts another; the message names it.
         """
-        path = check_directory(directory) / "config.json"
-        if not path.is_file():
-            hint = (
-                "; this directory holds GGUF files, which need no conversion" if any(directory.glob("*.gguf")) else ""
-            )
-            raise CheckpointError(f"{directory}: no config.json, so this is no checkpoint{hint}")
-        values = read_json(path) if path.stat().st_size else {}
-        return cls(directory, values, with_scales(read(directory)))
+        return cls(directory, read_config(directory), with_scales(read(directory)))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    path = check_directory(directory) / "config.json"
+    if not path.is_file():
+        hint = "; this directory holds GGUF files, which need no conversion" if any(directory.glob("*.gguf")) else ""
+        raise CheckpointError(f"{directory}: no config.json, so this is no checkpoint{hint}")
+    return read_json(path) if path.stat().st_size else {}
 
 
 def check_directory(directory: Path) -> Path:

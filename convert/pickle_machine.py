@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 MAX_OPCODES = 1_000_000
 """Opcodes of a file: a tensor takes about 50. They bound the stack, the memo and the time, about two seconds."""
 
-_MAX_PROTOCOL = 5
+_MAX_DIMENSIONS = 16
 
 _Values: TypeAlias = list[Any]
 
@@ -139,7 +139,7 @@ class _Machine:
         if not isinstance(self.stack[-1], dict) or len(values) % 2:
             raise PickleError("is damaged: it sets items of what is no dictionary")
         # Hashes of texts are random in each process. Those of numbers and tuples are not, and could be made to cost.
-        self.stack[-1].update((k, v) for k, v in zip(values[::2], values[1::2]) if isinstance(k, str))
+        self.stack[-1].update((k, v) for k, v in zip(values[::2], values[1::2], strict=True) if isinstance(k, str))
 
     def find(self, module: Any, name: Any) -> None:
         known = _GLOBALS.get(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
@@ -191,7 +191,7 @@ def _view_with_dtype(arguments: tuple[Any, ...]) -> StorageView:
 
 
 def _check_view(sizes: tuple[Any, ...], strides: tuple[Any, ...], metadata: _Values) -> None:
-    if len(sizes) != len(strides) or len(sizes) > 16 or not all(type(n) is int for n in (*sizes, *strides)):
+    if len(sizes) != len(strides) or len(sizes) > _MAX_DIMENSIONS or any(type(n) is not int for n in sizes + strides):
         raise PickleError("is damaged: the sizes and strides of a tensor are not those of one")
     if any(metadata):
         raise PickleError("holds a tensor whose values are negated or conjugated when read, which is not supported")
@@ -208,7 +208,7 @@ def _parameter(arguments: tuple[Any, ...]) -> StorageView:
 def _with_attributes(arguments: tuple[Any, ...]) -> Any:
     """`_rebuild_from_type_v2(function, type, arguments, attributes)`: a tensor with attributes, which are left out."""
     match arguments:
-        case (_Global(name=name), _Global(name="torch.Tensor" | _PARAMETER), tuple(inner), _) if name in _VIEWS:
+        case (_Global(name=name), _Global(), tuple(inner), _) if name in _VIEWS:
             return _VIEWS[name](inner)
     raise PickleError("is damaged: a tensor with attributes is not described as PyTorch does it")
 
@@ -217,10 +217,6 @@ def _dictionary(arguments: tuple[Any, ...]) -> dict[str, Any]:
     if arguments:
         raise PickleError("is damaged: an OrderedDict has arguments")
     return {}
-
-
-def _size(arguments: tuple[Any, ...]) -> Any:
-    return arguments
 
 
 _DTYPES = {
@@ -263,7 +259,7 @@ _CALLS: Mapping[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
-    "torch.Size": _size,
+    "torch.Size": tuple,
     "collections.OrderedDict": _dictionary,
 }
 _TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
@@ -272,3 +268,33 @@ _GLOBALS: Mapping[str, _Global] = {
     **{name: _Global(name, call) for name, call in _CALLS.items()},
     **{name: _Global(name, dtype=dtype) for name, dtype in {**_DTYPES, **_STORAGES}.items()},
 }
+
+_STEPS: Mapping[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "MARK": _Machine.mark,
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.to_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.take(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.take(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.take(3))),
+    "APPEND": lambda machine, _: machine.extend(machine.take(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.to_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.take(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.to_mark()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
+    "MEMOIZE": _Machine.memoize,
+    "GLOBAL": lambda machine, names: machine.find(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.find(*machine.take(2)),
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
+    "BINPERSID": _Machine.storage,
+}
+"""What each opcode does; an opcode that is not here ends the reading. https://docs.python.org/3/library/pickletools.html"""

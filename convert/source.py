@@ -32,7 +32,7 @@ class SourceTensor(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As safetensors names it: F32, F16, BF16, I64, ...; of a computed tensor that of what it is computed from."""
+        """As safetensors names it: F32, F16, BF16, I64, ...; of a merged tensor its base's, of float8 F32."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +84,8 @@ class StoredTensor:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * row_size)
-                _read_fully(file, raw.data.cast("B"))
+                if raw.nbytes:
+                    _read_fully(file, raw.data.cast("B"))
         except OSError as e:
             raise CheckpointError(f"{self}: cannot be read: {e.strerror}") from e
         except EOFError as e:

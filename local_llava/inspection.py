@@ -54,13 +54,23 @@ def read(path: Path) -> Contents:
         gguf = GGUFFile.open(path)
         entries = tuple(Entry(t.name, TYPES[t.type].name, t.shape, t.nbytes) for t in gguf.tensors.values())
         return Contents(path, f"GGUF version {gguf.version}", gguf.metadata, entries)
-    if not (path / "config.json").is_file():
-        raise ModelFileError(f"{path}: a directory without config.json; name a GGUF file or a checkpoint")
-    from local_llava.convert.checkpoint import Checkpoint
+    from local_llava.convert.checkpoint import read_config
+    from local_llava.convert.families import is_checkpoint
+    from local_llava.convert.weights import has_weights, read_weights
 
-    checkpoint = Checkpoint.open(path)
-    tensors = tuple(Entry(t.name, t.dtype, t.shape, t.nbytes) for t in checkpoint.tensors.values())
-    return Contents(path, "checkpoint", checkpoint.values, tensors)
+    if not is_checkpoint(path):
+        raise ModelFileError(f"{path}: a directory without config.json; name a GGUF file or a checkpoint")
+    config = read_config(path) if (path / "config.json").is_file() else {}
+    entries: tuple[Entry, ...] = ()
+    # XTuner keeps each part in a directory of its own.
+    for part in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+        if has_weights(part):
+            prefix = "" if part == path else f"{part.name}/"
+            tensors = read_weights(part).values()
+            entries += tuple(Entry(prefix + t.name, t.dtype, t.shape, t.nbytes) for t in tensors)
+    if not entries:
+        read_weights(path)  # which says what is missing
+    return Contents(path, "checkpoint", config, entries)
 
 
 def describe(contents: Contents) -> Iterator[str]:
