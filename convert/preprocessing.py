@@ -1,11 +1,13 @@
 """Reads how a checkpoint's image processor makes pixels of a picture.
 
-Knows preprocessor_config.json and processor_config.json of transformers, and its CLIP and LLaVA image processors.
+Knows preprocessor_config.json and processor_config.json of transformers, and its CLIP, LLaVA and SigLIP image
+processors.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from local_llava.convert.config import Config, read_json
@@ -20,24 +22,44 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_MEAN = 1000
 """Without rescaling, means are 8-bit values."""
 
-PROCESSORS = {"CLIPImageProcessor": False, "LlavaImageProcessor": True}
-"""Supported processors, without the suffixes of their variants; True for those that may pad to a square."""
+
+@dataclass(frozen=True)
+class Processor:
+    """An image processor of transformers: what it does where its configuration says nothing."""
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    crops: bool = True
+    """Resizes the shortest edge and takes the centre; otherwise it ignores the aspect."""
+    may_pad: bool = False
+    """Pads to a square with the mean colour if it is told to."""
+
+
+PROCESSORS = {
+    "CLIPImageProcessor": Processor(),
+    "LlavaImageProcessor": Processor(may_pad=True),
+    # Its `do_pad` is about the number of tiles, not about pixels.
+    "LlavaNextImageProcessor": Processor(),
+    "SiglipImageProcessor": Processor(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crops=False),
+}
+"""Supported processors, without the suffixes of their variants."""
 
 
 def read_preprocessing(directory: Path, image_size: int) -> Preprocessing:
     """The preprocessing of a checkpoint whose tower takes pictures of `image_size` pixels.
 
-    Without a file of either kind, CLIP's own preprocessing is taken, and the log says so.
+    Without a file of either kind, the tower's own preprocessing is taken, and the log says so.
 
     Raises:
         CheckpointError: A file is damaged, asks for steps that are not supported, or contradicts the tower.
     """
     config = _find(directory)
     if config is None:
-        log.warning("%s: no preprocessor_config.json; CLIP's own preprocessing is assumed", directory)
-        return Preprocessing(image_size, CLIP_MEAN, CLIP_STD)
+        assumed = _assumed(directory)
+        log.warning("%s: no preprocessor_config.json; that of %s is assumed", directory, assumed)
+        config = Config(directory / "preprocessor_config.json", {"image_processor_type": assumed})
     kind = config.values.get("image_processor_type") or config.values.get("feature_extractor_type")
-    base = str(kind or "CLIPImageProcessor")
+    base = str(kind or _assumed(directory))
     for suffix in ("Fast", "Pil"):
         base = base.removesuffix(suffix)
     base = base.replace("FeatureExtractor", "ImageProcessor")
@@ -45,14 +67,15 @@ def read_preprocessing(directory: Path, image_size: int) -> Preprocessing:
         raise CheckpointError(
             f"{config.name('image_processor_type')} is {kind!a:.80}; supported: {', '.join(sorted(PROCESSORS))}"
         )
+    processor = PROCESSORS[base]
     if not config.flag("do_resize", True):
         raise CheckpointError(f"{config.name('do_resize')} is false; only resizing processors are supported")
-    edge, crops = _size(config, image_size)
-    pads = PROCESSORS[base] and config.flag("do_pad", False)
+    edge, crops = _size(config, image_size, processor.crops)
+    pads = processor.may_pad and config.flag("do_pad", False)
     mode: PreprocessMode = "pad" if pads else "crop" if crops else "resize"
     normalizes = config.flag("do_normalize", True)
-    mean = config.numbers("image_mean", CLIP_MEAN, 3) if normalizes else (0.0, 0.0, 0.0)
-    std = config.numbers("image_std", CLIP_STD, 3) if normalizes else (1.0, 1.0, 1.0)
+    mean = config.numbers("image_mean", processor.mean, 3) if normalizes else (0.0, 0.0, 0.0)
+    std = config.numbers("image_std", processor.std, 3) if normalizes else (1.0, 1.0, 1.0)
     if not all(abs(v) <= MAX_MEAN for v in mean):
         raise CheckpointError(f"{config.name('image_mean')} must be from -{MAX_MEAN} to {MAX_MEAN}, not {list(mean)}")
     if not all(1e-6 <= v <= 1e6 for v in std):
@@ -80,9 +103,21 @@ def _find(directory: Path) -> Config | None:
     return None
 
 
-def _size(config: Config, image_size: int) -> tuple[int, bool]:
-    """The shortest edge after resizing, and whether the centre is cropped from it."""
+def _assumed(directory: Path) -> str:
+    """The processor that belongs to the tower that the checkpoint's configuration names."""
+    path = directory / "config.json"
+    if path.is_file() and path.stat().st_size:
+        config = Config(path, read_json(path))
+        if any(c.values.get("model_type") == "siglip_vision_model" for c in (config, config.sub("vision_config"))):
+            return "SiglipImageProcessor"
+    return "CLIPImageProcessor"
+
+
+def _size(config: Config, image_size: int, crops: bool) -> tuple[int, bool]:
+    """The shortest edge after resizing, and whether the centre is cropped from it; `crops` by default."""
     size, crop = config.values.get("size"), config.values.get("crop_size")
+    if size is None and not crops:
+        return image_size, False
     if isinstance(size, dict) and "shortest_edge" in size:
         edge: object = size["shortest_edge"]
     elif isinstance(size, dict) and size.keys() >= {"height", "width"}:
@@ -97,7 +132,7 @@ def _size(config: Config, image_size: int) -> tuple[int, bool]:
         raise CheckpointError(
             f"{config.name('size')}: the shortest edge must be {image_size} to 8192, not {edge!a:.80}"
         )
-    if not config.flag("do_center_crop", True):
+    if not config.flag("do_center_crop", crops):
         raise CheckpointError(f"{config.name('do_center_crop')} is false, so pictures would not be square")
     wanted = {"height": image_size, "width": image_size}
     if crop is not None and crop != image_size and crop != wanted:

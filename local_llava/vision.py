@@ -1,16 +1,18 @@
-"""The CLIP tower and LLaVA's projector as a ggml graph: pixels -> image embeddings, as transformers computes them.
+"""A CLIP or SigLIP tower and LLaVA's projector as a ggml graph: pixels -> image embeddings, as in transformers.
 
 Knows the arithmetic and the device. Knows nothing of picture files (`images`), of which files fit (`mmproj`), or of
 the language model.
 
 Why not libmtmd, and which of ggml's operations round to float16 and are avoided here: design.md, "Decisions". The
-class token is row 0 of the sequence, as in CLIP (https://arxiv.org/abs/2103.00020) and transformers' `modeling_clip`.
+class token is row 0 of the sequence, as in CLIP (https://arxiv.org/abs/2103.00020) and transformers' `modeling_clip`;
+SigLIP (https://arxiv.org/abs/2303.15343) has none.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from local_llava import ggml, ggml_rows
 from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile, TensorInfo
-from local_llava.mmproj import NEWLINE, TowerConfig, check_mmproj
+from local_llava.mmproj import NEWLINE, TowerConfig, check_mmproj, ffn_names
 from local_llava.types import Preprocessing
 
 __all__ = ["TowerConfig", "VisionTower", "check_mmproj"]
@@ -33,6 +35,11 @@ MAX_ACTIVATIONS = 256 << 20
 """Bytes of intermediate results that one graph may take, estimated; it decides how many pictures go into one."""
 
 _QUICK_GELU = 1.702
+_TANH_GELU = 2 * (2 / math.pi) ** 0.5
+_TANH_GELU_CUBE = 0.044715
+
+_FOLDED = {NEWLINE, "v.class_embd", "v.patch_embd.bias"}
+"""Tensors that the graph does not see."""
 
 
 class VisionTower:
@@ -41,7 +48,7 @@ class VisionTower:
     Attributes:
         config: Hyperparameters, as checked.
         preprocessing: How a picture becomes `encode`'s pixels.
-        n_tokens: Embeddings per picture.
+        n_tokens: Embeddings per picture; see `TowerConfig.n_tokens` for where they are not one a patch.
         n_embd: Width of an embedding: that of the language model.
         newline: Of LLaVA-NeXT, the embedding that ends each row of a picture made of tiles: float32 [n_embd].
         device: Name of the device that computes.
@@ -61,7 +68,7 @@ class VisionTower:
         self.newline = newline
         self.config = config
         self.preprocessing: Preprocessing = config.preprocessing
-        self.n_tokens = config.n_patches
+        self.n_tokens = config.n_tokens
         self.n_embd = config.n_out
         self.device = backends[0].name
         self.images_per_graph = max(1, min(64, MAX_ACTIVATIONS // config.activation_bytes))
@@ -127,7 +134,7 @@ class VisionTower:
         out = np.empty((len(pixels), self.n_tokens, self.n_embd), np.float32)
         for start in range(0, len(pixels), self.images_per_graph):
             part = slice(start, start + self.images_per_graph)
-            self._compute(_patches(pixels[part], self.config.patch_size), out[part])
+            self._compute(_patches(pixels[part], self.config), out[part])
         return out
 
     def close(self) -> None:
@@ -142,7 +149,7 @@ class VisionTower:
         self.close()
 
     def _compute(self, patches: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-        """One graph: patches [n, 1 + n_patches, values] -> out [n, n_patches, n_embd]."""
+        """One graph: patches [n, n_rows, values] -> out [n, n_tokens, n_embd]."""
         g = ggml.functions()
         size = self._max_nodes * g.tensor_overhead() + g.graph_overhead_custom(self._max_nodes, False)
         with _context(size) as context:
@@ -213,7 +220,7 @@ def _load_weights(gguf: GGUFFile, config: TowerConfig, backend: _Backend, stack:
     context = stack.enter_context(_context((len(shapes) + 1) * g.tensor_overhead()))
     weights = {}
     for name, shape in shapes.items():
-        if name == NEWLINE:
+        if name in _FOLDED:
             continue
         if name == "v.patch_embd.weight":
             shape = (shape[0], 3 * config.patch_size**2)
@@ -228,9 +235,13 @@ def _load_weights(gguf: GGUFFile, config: TowerConfig, backend: _Backend, stack:
             for name, tensor in weights.items():
                 data = _read_tensor(gguf, name, file)
                 if name == "v.position_embd.weight":
-                    # Row 0 of the graph's input is zero, so the class token enters with its position.
+                    # Row 0 of CLIP's input is zero, so the class token enters with its position; SigLIP's bias is
+                    # added to every position anyhow.
                     with np.errstate(all="ignore"):  # numpy would print a warning of a damaged file's numbers
-                        data[0] += _read_tensor(gguf, "v.class_embd", file)
+                        if config.class_token:
+                            data[0] += _read_tensor(gguf, "v.class_embd", file)
+                        else:
+                            data += _read_tensor(gguf, "v.patch_embd.bias", file)
                 g.backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
     except OSError as error:
         raise ModelFileError(f"{gguf.path}: cannot be read: {error.strerror or error}") from error
@@ -260,18 +271,19 @@ def _read_tensor(gguf: GGUFFile, name: str, file: BinaryIO) -> NDArray[Any]:
     return ggml_rows.dequantize(info.type, data).reshape(info.shape) if _device_type(info) == ggml.F32 else data
 
 
-def _patches(pixels: NDArray[np.float32], patch_size: int) -> NDArray[np.float32]:
-    """[n, 3, size, size] -> [n, 1 + n_patches, 3 * patch_size**2], row 0 zero, for the class token.
+def _patches(pixels: NDArray[np.float32], config: TowerConfig) -> NDArray[np.float32]:
+    """[n, 3, size, size] -> [n, n_rows, 3 * patch_size**2], where row 0 is zero for a class token.
 
     A convolution whose stride is its width is a matrix product of the patches, and this order of values is the
     kernel's. `ggml_im2col` gives the same on fewer backends; `ggml_conv_2d` would round to float16.
     """
     n, channels, size, _ = pixels.shape
-    grid = size // patch_size
-    used = pixels[:, :, : grid * patch_size, : grid * patch_size]
-    parts = used.reshape(n, channels, grid, patch_size, grid, patch_size).transpose(0, 2, 4, 1, 3, 5)
-    out = np.zeros((n, 1 + grid * grid, channels * patch_size**2), np.float32)
-    out[:, 1:] = parts.reshape(n, grid * grid, -1)
+    width = config.patch_size
+    grid = size // width
+    used = pixels[:, :, : grid * width, : grid * width]
+    parts = used.reshape(n, channels, grid, width, grid, width).transpose(0, 2, 4, 1, 3, 5)
+    out = np.zeros((n, config.n_rows, channels * width**2), np.float32)
+    out[:, config.n_rows - grid * grid :] = parts.reshape(n, grid * grid, -1)
     return out
 
 
@@ -281,7 +293,7 @@ class _Graph:
     def __init__(self, context: int, config: TowerConfig, weights: dict[str, int], n: int, kv_type: int | None) -> None:
         self.g = ggml.functions()
         self.context, self.config, self.weights, self.n, self.kv_type = context, config, weights, n, kv_type
-        self.n_rows = config.n_patches + 1
+        self.n_rows = config.n_rows
         self.input = _new_tensor(context, ggml.F32, (n, self.n_rows, 3 * config.patch_size**2))
         self.g.set_input(self.input)
         self.output = self.projector(self.tower(self.input))
@@ -297,15 +309,22 @@ class _Graph:
         y = self.matmul(self.weights[f"{name}.weight"], x)
         return int(self.g.add(self.context, y, self.weights[f"{name}.bias"]))
 
-    def layer_norm(self, name: str, x: int) -> int:
-        y = self.g.norm(self.context, x, self.config.eps)
+    def layer_norm(self, name: str, x: int, eps: float) -> int:
+        y = self.g.norm(self.context, x, eps)
         y = self.g.mul(self.context, y, self.weights[f"{name}.weight"])
         return int(self.g.add(self.context, y, self.weights[f"{name}.bias"]))
 
     def activation(self, x: int) -> int:
+        """Without ggml's own `gelu` and `gelu_quick`, which are looked up in float16."""
         if self.config.activation == "gelu":
             return int(self.g.gelu_erf(self.context, x))
-        # x * sigmoid(1.702 x), by way of silu(y) = y * sigmoid(y): ggml_gelu_quick looks it up in float16.
+        if self.config.activation == "gelu_tanh":
+            # x / 2 * (1 + tanh(y / 2)) = x * sigmoid(y), and y = x * (a + a * 0.044715 * x * x).
+            y = self.g.mul(self.context, x, x)
+            y = self.g.scale_bias(self.context, y, _TANH_GELU * _TANH_GELU_CUBE, _TANH_GELU)
+            y = self.g.sigmoid(self.context, self.g.mul(self.context, y, x))
+            return int(self.g.mul(self.context, y, x))
+        # x * sigmoid(1.702 x), by way of silu(y) = y * sigmoid(y).
         y = self.g.silu(self.context, self.g.scale(self.context, x, _QUICK_GELU))
         return int(self.g.scale(self.context, y, 1 / _QUICK_GELU))
 
@@ -313,7 +332,9 @@ class _Graph:
         """[n, rows, values] -> hidden states of the feature layers, [n, rows, n_embd * n_layers]."""
         x = self.matmul(self.weights["v.patch_embd.weight"], patches)
         x = self.g.add(self.context, x, self.weights["v.position_embd.weight"])
-        hidden = [self.layer_norm("v.pre_ln", x)]
+        if self.config.class_token:
+            x = self.layer_norm("v.pre_ln", x, self.config.eps)
+        hidden = [x]
         for i in range(self.config.n_blocks):
             hidden.append(self.block(f"v.blk.{i}", hidden[-1]))
         features = [hidden[layer] for layer in self.config.feature_layers]
@@ -324,11 +345,11 @@ class _Graph:
 
     def block(self, name: str, x: int) -> int:
         """A pre-norm transformer block, [n, rows, n_embd] -> the same."""
-        h = self.layer_norm(f"{name}.ln1", x)
+        h = self.layer_norm(f"{name}.ln1", x, self.config.eps)
         h = self.attention(*(self.linear(f"{name}.attn_{part}", h) for part in "qkv"))
         x = self.g.add(self.context, x, self.linear(f"{name}.attn_out", h))
-        fc1, fc2 = ("ffn_down", "ffn_up") if self.config.ffn_swapped else ("ffn_up", "ffn_down")
-        h = self.linear(f"{name}.{fc1}", self.layer_norm(f"{name}.ln2", x))
+        fc1, fc2 = ffn_names(self.config.ffn_swapped)
+        h = self.linear(f"{name}.{fc1}", self.layer_norm(f"{name}.ln2", x, self.config.eps))
         h = self.linear(f"{name}.{fc2}", self.activation(h))
         return int(self.g.add(self.context, x, h))
 
@@ -353,9 +374,15 @@ class _Graph:
         return int(self.g.reshape_3d(self.context, x, self.config.n_embd, self.n_rows, self.n))
 
     def projector(self, x: int) -> int:
-        """[n, rows, features] -> [n, n_patches, n_out], without the class token."""
-        width = self.config.n_embd * len(self.config.feature_layers)
-        row = 4 * width
-        x = self.g.view_3d(self.context, x, width, self.n_rows - 1, self.n, row, row * self.n_rows, row)
-        h = self.linear("mm.0", self.g.cont(self.context, x))
+        """[n, rows, features] -> [n, n_tokens, n_out]. Strategy "default" drops row 0: the class token."""
+        if dropped := self.n_rows - self.config.n_tokens:
+            width = self.config.n_embd * len(self.config.feature_layers)
+            row = 4 * width
+            x = self.g.view_3d(
+                self.context, x, width, self.config.n_tokens, self.n, row, row * self.n_rows, row * dropped
+            )
+            x = self.g.cont(self.context, x)
+        if self.config.norm_eps is not None:
+            x = self.layer_norm("mm.input_norm", x, self.config.norm_eps)
+        h = self.linear("mm.0", x)
         return self.linear("mm.2", self.g.gelu_erf(self.context, h))

@@ -10,8 +10,16 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VipLlavaConfig,
+)
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalProjector
 
 BLOCK = {
     "self_attn.q_proj": "attn_q",
@@ -37,29 +45,44 @@ class Reference:
     n_blocks: int = 4
     n_out: int = 96
     act: str = "quick_gelu"
+    """As transformers calls it."""
     eps: float = 1e-5
     feature_layer: int | list[int] = -2
     seed: int = 0
-    model: CLIPVisionModel = field(init=False)
-    projector: LlavaMultiModalProjector = field(init=False)
+    siglip: bool = False
+    strategy: str = "default"
+    norm_eps: float | None = None
+    """Of ViP-LLaVA's norm before the projector."""
+    own_keys: bool = False
+    """Whether the metadata have what llama.cpp has no keys for, as our converter writes them."""
+    model: CLIPVisionModel | SiglipVisionModel = field(init=False)
+    projector: LlavaMultiModalProjector | VipLlavaMultiModalProjector = field(init=False)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
-        config = CLIPVisionConfig(
-            hidden_size=self.n_embd,
-            intermediate_size=self.n_ff,
-            num_hidden_layers=self.n_blocks,
-            num_attention_heads=self.n_head,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_act=self.act,
-            layer_norm_eps=self.eps,
-        )
+        sizes: dict[str, Any] = {
+            "hidden_size": self.n_embd,
+            "intermediate_size": self.n_ff,
+            "num_hidden_layers": self.n_blocks,
+            "num_attention_heads": self.n_head,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_act": self.act,
+            "layer_norm_eps": self.eps,
+        }
+        config = SiglipVisionConfig(**sizes, vision_use_head=False) if self.siglip else CLIPVisionConfig(**sizes)
         config._attn_implementation = "eager"
-        self.model = CLIPVisionModel(config).eval()
-        text = {"model_type": "llama", "hidden_size": self.n_out}
-        llava = LlavaConfig(vision_config=config, text_config=text, vision_feature_layer=self.feature_layer)
-        self.projector = LlavaMultiModalProjector(llava).eval()
+        self.model = (SiglipVisionModel if self.siglip else CLIPVisionModel)(config).eval()
+        common = {
+            "vision_config": config,
+            "text_config": {"model_type": "llama", "hidden_size": self.n_out},
+            "vision_feature_layer": self.feature_layer,
+        }
+        if self.norm_eps is None:
+            self.projector = LlavaMultiModalProjector(LlavaConfig(**common)).eval()
+        else:
+            vip = VipLlavaConfig(**common, projector_layernorm_eps=self.norm_eps)
+            self.projector = VipLlavaMultiModalProjector(vip).eval()
         with torch.no_grad():
             for module in (self.model, self.projector):
                 for name, p in module.named_parameters():
@@ -77,7 +100,8 @@ class Reference:
         layers = [self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer
         with torch.no_grad():
             hidden = self.model(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
-            chosen = torch.cat([hidden[layer][:, 1:] for layer in layers], dim=-1)
+            first = int(self.strategy == "default")
+            chosen = torch.cat([hidden[layer][:, first:] for layer in layers], dim=-1)
             out: NDArray[np.float32] = self.projector(chosen).numpy()
         return out
 
@@ -94,12 +118,19 @@ class Reference:
         return [layer if layer >= 0 else self.n_blocks + 1 + layer for layer in layers]
 
     def metadata(self) -> dict[str, Any]:
+        own: dict[str, Any] = {
+            "local_llava.vision.activation": {"gelu_pytorch_tanh": "gelu_tanh"}.get(self.act, self.act),
+            "local_llava.vision.feature_select": self.strategy,
+        }
+        if self.norm_eps is not None:
+            own["local_llava.projector.layer_norm_epsilon"] = self.norm_eps
         return {
+            **(own if self.own_keys else {}),
             "general.architecture": "clip",
             "clip.has_vision_encoder": True,
             "clip.has_llava_projector": True,
             "clip.projector_type": "mlp",
-            "clip.use_gelu": self.act == "gelu",
+            "clip.use_gelu": self.act != "quick_gelu",
             "clip.vision.image_size": self.image_size,
             "clip.vision.patch_size": self.patch_size,
             "clip.vision.embedding_length": self.n_embd,
@@ -134,6 +165,7 @@ def gguf_name(name: str) -> str:
         "embeddings.position_embedding": "v.position_embd",
         "pre_layrnorm": "v.pre_ln",
         "post_layernorm": "v.post_ln",
+        "projector_layernorm": "mm.input_norm",
         "linear_1": "mm.0",
         "linear_2": "mm.2",
     }[module]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from local_llava.convert.families import Parts, Tower, clip
+from local_llava.convert.families import Parts, Tower, clip, siglip
 
-_KINDS: dict[str, Callable[[Parts, int], Tower]] = {"clip_vision_model": clip.tower}
+_KINDS: dict[str, Callable[[Parts, int], Tower]] = {
+    "clip_vision_model": clip.tower,
+    "siglip_vision_model": siglip.tower,
+}
 
 
 def read_tower(parts: Parts, n_embd: int) -> Tower:
