@@ -1,6 +1,6 @@
 """The table of quantization types: what a name such as Q4_K_M stands for.
 
-Knows llama.cpp's choices for the Llama architecture (src/llama-quant.cpp of the version pinned in pyproject.toml), made
+Knows llama.cpp's choices for language models (src/llama-quant.cpp of the version pinned in pyproject.toml), made
 without an importance matrix. Does not know how they are applied to the tensors of a file (`tensor_types`).
 
 A new type is a row in `LLM_MIXES`, and for each tensor type that it brings a row in `_FALLBACK` of `tensor_types` and

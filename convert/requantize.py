@@ -22,6 +22,7 @@ from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
 from local_llava.convert.tensor_types import Assignment, Tensor
 from local_llava.errors import CheckpointError, ModelFileError, OutputError, UsageError
 from local_llava.gguf_file import TYPES, GGUFFile, TensorInfo
+from local_llava.llm_file import ARCHITECTURES
 from local_llava.mmproj import check_mmproj
 
 MAX_ROW = 1 << 24
@@ -97,7 +98,7 @@ def quantize_gguf(
     """Quantize a language model or an mmproj.
 
     Args:
-        source: A GGUF of architecture `llama`, or LLaVA's mmproj, better of F32, F16 or BF16.
+        source: A GGUF of a language model (llama, phi3, qwen2), or LLaVA's mmproj, better of F32, F16 or BF16.
         target: The new file.
         quant: A type that `convert` takes for a file of this kind.
         overrides: Types of single tensors of a language model.
@@ -139,10 +140,10 @@ def prepare_gguf(
         raise ModelFileError(f"{source}: is one part of a split model; join the parts with llama-gguf-split --merge")
     tensors = [_tensor(gguf, info) for info in gguf.tensors.values()]
     architecture = gguf.metadata.get("general.architecture")
-    if architecture == "llama":
+    if isinstance(architecture, str) and architecture in ARCHITECTURES:
         mix = mixes.get_mix(quant, mixes.LLM_MIXES)
         tensors.sort(key=lambda tensor: tensor_types.llama_order(tensor.name))
-        assignment = _llm_types(gguf, mix, tensors, overrides)
+        assignment = _llm_types(gguf, architecture, mix, tensors, overrides)
     elif architecture == "clip":
         mix = mixes.get_mix(quant, mixes.MMPROJ_MIXES)
         if overrides:
@@ -150,7 +151,9 @@ def prepare_gguf(
         check_mmproj(gguf)
         assignment = tensor_types.mmproj_types(mix, tensors)
     else:
-        raise ModelFileError(f"{source}: general.architecture is {architecture!a:.80}; llama and clip are supported")
+        raise ModelFileError(
+            f"{source}: general.architecture is {architecture!a:.80}; supported: {', '.join(ARCHITECTURES)}, clip"
+        )
     plans = tuple(_plan(gguf, tensor, assignment.types[tensor.name]) for tensor in tensors)
     if not allow_requantize:
         _refuse_quantized(source, tensors, assignment)
@@ -158,15 +161,17 @@ def prepare_gguf(
     return Requantization(source, target, plan, overwrite)
 
 
-def _llm_types(gguf: GGUFFile, mix: Mix, tensors: list[Tensor], overrides: Overrides) -> Assignment:
+def _llm_types(gguf: GGUFFile, architecture: str, mix: Mix, tensors: list[Tensor], overrides: Overrides) -> Assignment:
     def number(key: str, high: int, default: int | None = None) -> int:
-        value = gguf.metadata.get(f"llama.{key}", default)
+        value = gguf.metadata.get(f"{architecture}.{key}", default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-            raise ModelFileError(f"{gguf.path}: llama.{key} must be a number from 1 to {high}, not {value!a:.80}")
+            raise ModelFileError(
+                f"{gguf.path}: {architecture}.{key} must be a number from 1 to {high}, not {value!a:.80}"
+            )
         return value
 
-    if gguf.metadata.get("llama.expert_count", 0) != 0:
-        raise ModelFileError(f"{gguf.path}: llama.expert_count: mixtures of experts are not supported")
+    if gguf.metadata.get(f"{architecture}.expert_count", 0) != 0:
+        raise ModelFileError(f"{gguf.path}: {architecture}.expert_count: mixtures of experts are not supported")
     n_head = number("attention.head_count", 1 << 16)
     return tensor_types.llm_types(
         mix,
@@ -174,6 +179,7 @@ def _llm_types(gguf: GGUFFile, mix: Mix, tensors: list[Tensor], overrides: Overr
         n_layer=number("block_count", MAX_LAYERS),
         n_head=n_head,
         n_head_kv=number("attention.head_count_kv", n_head, n_head),
+        architecture=architecture,
         overrides=overrides,
     )
 

@@ -1,7 +1,7 @@
 """Which type every tensor of a file gets.
 
-Knows how llama.cpp chooses for the Llama architecture (src/llama-quant.cpp of the version pinned in pyproject.toml),
-and what a CLIP tower needs. The choices themselves are rows of `mixes`, or the user's (`overrides`). Does not know how
+Knows how llama.cpp chooses for language models (src/llama-quant.cpp of the version pinned in pyproject.toml), and what
+a CLIP tower needs. The choices themselves are rows of `mixes`, or the user's (`overrides`). Does not know how
 rows become bytes (`quantize`).
 """
 
@@ -28,7 +28,7 @@ _ROLES = {
     "ffn_down": "ffn_down",
 }
 
-# In models with 80 layers and grouped queries attn_v is an eighth of attn_q, so that better types cost next to nothing.
+# In models with 80 layers attn_v is an eighth of attn_q, so that better types cost next to nothing.
 _ATTN_V_OF_70B = {T.Q3_K: T.Q5_K, T.Q4_K: T.Q5_K}
 
 # Where rows are not a multiple of the block: first this, and F16 where that does not fit either.
@@ -83,18 +83,20 @@ def llm_types(
     n_layer: int,
     n_head: int,
     n_head_kv: int,
+    architecture: str = "llama",
     overrides: Overrides = NO_OVERRIDES,
 ) -> Assignment:
-    """Gives every tensor of a Llama model the type that `llama_model_quantize` gives it.
+    """Gives every tensor of a language model the type that `llama_model_quantize` gives it.
 
     The order of `tensors` does not matter. Embeddings are tied to the output when there is no `output.weight`.
 
     Args:
         mix: A row of `LLM_MIXES`.
         tensors: All tensors of the file.
-        n_layer: `llama.block_count`.
-        n_head: `llama.attention.head_count`.
-        n_head_kv: `llama.attention.head_count_kv`.
+        n_layer: `block_count` of the metadata.
+        n_head: `attention.head_count`.
+        n_head_kv: `attention.head_count_kv`.
+        architecture: `general.architecture`: llama, phi3 or qwen2.
         overrides: Types that the user named.
 
     Raises:
@@ -110,10 +112,15 @@ def llm_types(
         head=_OUTPUT if _OUTPUT in names else _EMBEDDING,
         counts=counts,
         n_gqa=n_head // n_head_kv,
-        attn_v=_ATTN_V_OF_70B if n_layer == 80 and n_head != n_head_kv else {},
+        attn_v=_ATTN_V_OF_70B if _is_70b(architecture, n_layer, n_head, n_head_kv) else {},
     )
     types = {tensor.name: chooser.type_of(tensor) for tensor in ordered}
     return Assignment(types, (*_fallback_notes(chooser.fallbacks), *chooser.unused()))
+
+
+def _is_70b(architecture: str, n_layer: int, n_head: int, n_head_kv: int) -> bool:
+    """Whether llama.cpp takes a model for one of 70B (`LLM_TYPE_70B`): a Llama of 65B has no grouped queries."""
+    return n_layer == 80 and (architecture == "qwen2" or (architecture == "llama" and n_head != n_head_kv))
 
 
 @dataclass

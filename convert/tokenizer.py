@@ -36,11 +36,14 @@ from local_llava.errors import CheckpointError
 from local_llava.llm_vocab import (
     LSTRIP_KEY,
     NORMALIZED_KEY,
+    QWEN2_PRE,
     RSTRIP_KEY,
     SPACE_PREFIX_KEY,
     STRIP_SPACE_KEY,
     adds_space,
 )
+
+_NO_TOKEN = -1
 
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 """Of tokens that no merge makes; the values are those of llama.cpp's converter."""
@@ -58,7 +61,8 @@ class Tokenizer:
     types: tuple[TokenType, ...]
     merges: tuple[str, ...]
     """llama.cpp reads them of byte-level BPE only, the runtime of both kinds."""
-    bos: int
+    bos: int | None
+    """Qwen2 has none."""
     eos: int
     """As the configuration says; the base model's in Llama-3 LLaVA, which never comes in a chat."""
     eot: int | None
@@ -152,14 +156,15 @@ def read_tokenizer(directory: Path, n_rows: int, config: Mapping[str, Any]) -> T
     tokens, types = _rows(path, vocabulary, added, n_rows)
     special = SpecialIds(directory, config, added)
     template = read_chat_template(directory, vocabulary.model, [t.content for t in added])
-    bos, eos, pad = special.need("bos"), special.need("eos"), special.find("pad")
+    bos = special.find("bos") if vocabulary.pre == QWEN2_PRE else special.need("bos")
+    eos, pad = special.need("eos"), special.find("pad")
     eot = end_of_turn(template, added)
     image = special.image(n_rows)
     by_id = {t.id for t in added}
     for i in (bos, eos, eot, pad, image):
         if i is not None and i in by_id and i != vocabulary.unk:
             types[i] = TokenType.CONTROL
-    add_bos, add_eos = configured_ends(directory) if root is None else sequence_ends(root, bos, eos)
+    add_bos, add_eos = configured_ends(directory) if root is None else _ends(root, vocabulary, bos, eos)
     is_spm = vocabulary.model == "llama"
     return Tokenizer(
         model=vocabulary.model,
@@ -190,10 +195,17 @@ def _read_vocabulary(root: Config) -> Vocabulary:
     model = root.sub("model")
     if model.values.get("type") != "BPE":
         raise CheckpointError(
-            f"{model.name('type')} is {model.values.get('type')!a:.40}; supported is BPE, Llama 3's byte-level one or "
-            "a SentencePiece type's with byte_fallback"
+            f"{model.name('type')} is {model.values.get('type')!a:.40}; supported is BPE, the byte-level one of Llama "
+            "3 and Qwen2 or a SentencePiece type's with byte_fallback"
         )
     return read_sentencepiece(root) if model.flag("byte_fallback", False) else read_byte_level(root)
+
+
+def _ends(root: Config, vocabulary: Vocabulary, bos: int | None, eos: int) -> tuple[bool, bool]:
+    """Whether BOS and EOS are put around a text. Qwen2 was trained without BOS, and its post-processor puts none."""
+    if bos is not None and vocabulary.pre != QWEN2_PRE:
+        return sequence_ends(root, bos, eos)
+    return False, sequence_ends(root, _NO_TOKEN, eos)[1]
 
 
 def _rows(

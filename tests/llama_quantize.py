@@ -1,4 +1,4 @@
-"""Small Llama models as F32 files, and llama.cpp's own `llama_model_quantize` to compare with."""
+"""Small language models as F32 files, and llama.cpp's own `llama_model_quantize` to compare with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Tensors = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Model:
-    """The parts of a Llama that decide on types. llama_model_quantize does not look at the number of rows."""
+    """The parts of a model that decide on types. llama_model_quantize does not look at the number of rows."""
 
     n_embd: int = 256
     n_ff: int = 512
@@ -35,6 +35,7 @@ class Model:
     n_head: int = 8
     n_head_kv: int = 2
     tied: bool = False
+    architecture: str = "llama"
 
     def tensors(self) -> Tensors:
         rng = np.random.default_rng(self.n_layer * self.n_embd)
@@ -44,22 +45,33 @@ class Model:
         }
         if not self.tied:
             shapes["output.weight"] = (9, self.n_embd)
+        if self.architecture == "phi3":
+            shapes |= {f"rope_factors_{name}.weight": (16,) for name in ("long", "short")}
         for i in range(self.n_layer):
-            shapes |= {
-                f"blk.{i}.attn_norm.weight": (self.n_embd,),
-                f"blk.{i}.attn_q.weight": (4, self.n_embd),
-                f"blk.{i}.attn_q.bias": (4,),
-                f"blk.{i}.attn_k.weight": (2, self.n_embd),
-                # ggml takes a matrix of one row for a vector
-                f"blk.{i}.attn_v.weight": (1 if i == 2 else 2, self.n_embd),
-                f"blk.{i}.attn_output.weight": (3, self.n_embd),
-                f"blk.{i}.ffn_norm.weight": (self.n_embd,),
-                f"blk.{i}.ffn_gate.weight": (2, self.n_embd),
-                f"blk.{i}.ffn_up.weight": (2, self.n_embd),
-                f"blk.{i}.ffn_down.weight": (2, self.n_ff),
-                f"blk.{i}.ffn_down.bias": (2,),
-            }
+            shapes |= {f"blk.{i}.{name}": shape for name, shape in self.layer(i).items()}
         return {name: weights(rng, shape) for name, shape in shapes.items()}
+
+    def layer(self, i: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (self.n_embd,),
+            "attn_output.weight": (3, self.n_embd),
+            "ffn_norm.weight": (self.n_embd,),
+            "ffn_up.weight": (2, self.n_embd),
+            "ffn_down.weight": (2, self.n_ff),
+        }
+        # ggml takes a matrix of one row for a vector
+        rows = 1 if i == 2 else 2
+        if self.architecture == "phi3":
+            return shapes | {"attn_qkv.weight": (rows, self.n_embd)}
+        shapes |= {
+            "attn_q.weight": (4, self.n_embd),
+            "attn_q.bias": (4,),
+            "attn_k.weight": (2, self.n_embd),
+            "attn_v.weight": (rows, self.n_embd),
+            "ffn_gate.weight": (2, self.n_embd),
+        }
+        own = {"ffn_down.bias": (2,)} if self.architecture == "llama" else {"attn_k.bias": (2,), "attn_v.bias": (rows,)}
+        return shapes | own
 
     def fields(self) -> tuple[Field, ...]:
         numbers = {
@@ -71,9 +83,9 @@ class Model:
             "attention.head_count_kv": self.n_head_kv,
         }
         return (
-            Field("general.architecture", "llama", GGUFValueType.STRING),
-            *(Field(f"llama.{key}", value, GGUFValueType.UINT32) for key, value in numbers.items()),
-            Field("llama.attention.layer_norm_rms_epsilon", 1e-5, GGUFValueType.FLOAT32),
+            Field("general.architecture", self.architecture, GGUFValueType.STRING),
+            *(Field(f"{self.architecture}.{key}", value, GGUFValueType.UINT32) for key, value in numbers.items()),
+            Field(f"{self.architecture}.attention.layer_norm_rms_epsilon", 1e-5, GGUFValueType.FLOAT32),
         )
 
     def types(self, quant: str, tensors: Tensors, overrides: Overrides = NO_OVERRIDES) -> Assignment:
@@ -83,6 +95,7 @@ class Model:
             n_layer=self.n_layer,
             n_head=self.n_head,
             n_head_kv=self.n_head_kv,
+            architecture=self.architecture,
             overrides=overrides,
         )
 

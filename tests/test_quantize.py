@@ -42,6 +42,13 @@ MODELS = {
     "70B": Model(n_ff=256, n_layer=80, n_head=64, n_head_kv=8),
     "70B of 320 columns": Model(n_embd=320, n_layer=80, n_head=64, n_head_kv=8),
     "65B": Model(n_ff=256, n_layer=80, n_head=64, n_head_kv=64),
+    "phi3": Model(n_layer=32, n_head_kv=8, architecture="phi3"),
+    "phi3, pairs, tied": Model(n_layer=9, n_head_kv=4, tied=True, architecture="phi3"),
+    "phi3 of 80 layers": Model(n_ff=256, n_layer=80, n_head=64, n_head_kv=8, architecture="phi3"),
+    "phi3 of 80 columns": Model(n_embd=80, n_ff=352, architecture="phi3"),
+    "qwen2": Model(n_layer=24, architecture="qwen2"),
+    "qwen2, tied, 320": Model(n_embd=320, n_ff=352, n_layer=7, tied=True, architecture="qwen2"),
+    "qwen2 of 72B": Model(n_ff=256, n_layer=80, n_head=64, n_head_kv=64, architecture="qwen2"),
 }
 
 
@@ -65,6 +72,7 @@ def test_whole_files_equal_those_of_llama_cpp(name: str, quant: str, tmp_path: P
         n_head=st.just(16),
         n_head_kv=st.sampled_from([1, 2, 4, 8, 16]),
         tied=st.booleans(),
+        architecture=st.sampled_from(["llama", "phi3", "qwen2"]),
     ),
     quant=st.sampled_from(QUANTIZED),
 )

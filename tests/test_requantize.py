@@ -74,6 +74,14 @@ def test_whole_files_equal_those_of_llama_cpp(
     equal_to_llama_cpp(sources(source), quant, tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["phi3", "qwen2"])
+@pytest.mark.parametrize("quant", LLM_MIXES)
+def test_other_architectures_equal_those_of_llama_cpp(architecture: str, quant: str, tmp_path: Path) -> None:
+    model = Model(n_layer=9, n_ff=320, n_head_kv=1, architecture=architecture)
+    write(model.plan("F16", model.tensors()), tmp_path / "in.gguf")
+    equal_to_llama_cpp(tmp_path / "in.gguf", quant, tmp_path)
+
+
 @pytest.mark.parametrize("source", [name for name in LLM_MIXES if name not in ("F32", "F16", "BF16")])
 @pytest.mark.parametrize("quant", ["F32", "F16", "Q8_0", "Q4_K_M", "IQ3_S"])
 def test_quantized_sources_equal_those_of_llama_cpp(
@@ -271,10 +279,22 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "big endian": (b"GGUF" + struct.pack(">I", 3) + bytes(99), "big-endian"),
     "another architecture": (
         gguf([("general.architecture", "str", "gpt2")]),
-        "general.architecture is 'gpt2'; llama and clip are supported",
+        "general.architecture is 'gpt2'; supported: llama, phi3, qwen2, clip",
     ),
-    "no architecture": (gguf(), "general.architecture is None; llama and clip are supported"),
-    "architecture of another type": (gguf([("general.architecture", "u32", 3)]), "llama and clip are supported"),
+    "no architecture": (gguf(), "general.architecture is None; supported: llama"),
+    "architecture of another type": (gguf([("general.architecture", "u32", 3)]), "is 3; supported: llama"),
+    "several architectures": (
+        gguf([("general.architecture", "arr[str]", ["llama", "phi3"])]),
+        "general.architecture is ['llama', 'phi3']; supported: llama",
+    ),
+    "experts of qwen2": (
+        gguf([("general.architecture", "str", "qwen2"), ("qwen2.expert_count", "u32", 60)]),
+        "qwen2.expert_count: mixtures of experts are not supported",
+    ),
+    "phi3 with a llama's numbers": (
+        gguf([("general.architecture", "str", "phi3"), ("llama.attention.head_count", "u32", 4)]),
+        "phi3.attention.head_count must be a number from 1 to 65536, not None",
+    ),
     "a part of a split": (
         llama_bytes(("split.count", "u16", 3)),
         "is one part of a split model; join the parts with llama-gguf-split --merge",

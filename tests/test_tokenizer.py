@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import jinja2.sandbox
 import llama3_tokenizer
 import llama_cpp as lib
 import pytest
+import qwen2_tokenizer
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 from vocabularies import NEW, SENTENCES, Vocab, fuzz
 
-from local_llava.convert.byte_level import LLAMA3_REGEX
+from local_llava.convert.byte_level import LLAMA3_REGEX, QWEN2_REGEX
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.default_chats import LLAMA3_CHAT
 from local_llava.errors import CheckpointError
@@ -36,7 +38,12 @@ class Pair:
         """Texts that llama.cpp splits otherwise; `special` lets special tokens be found in text."""
         self.reference.encode_special_tokens = not special
         expected = self.reference.encode_batch(texts, add_special_tokens=ends)
-        return [t for t, e in zip(texts, expected, strict=True) if self.vocab.encode(t, special, ends) != e.ids]
+        return [t for t, e in zip(texts, expected, strict=True) if self.encode(t, special, ends) != e.ids]
+
+    def encode(self, text: str, special: bool, ends: bool) -> list[int]:
+        """As the runtime does, which takes text to NFC for Qwen2."""
+        text = unicodedata.normalize("NFC", text) if self.ours.pre == "qwen2" else text
+        return self.vocab.encode(text, special, ends)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,17 +112,90 @@ def test_llama3_special_ids(llama3: Pair) -> None:
     assert llama3.vocab.checked.overrides == {}
 
 
+# Qwen2.
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """With the rows and ids of Qwen2.5-7B-Instruct."""
+    config = {"text_config": {"bos_token_id": 151643, "eos_token_id": 151645}}
+    return Pair(qwen2_tokenizer.fetch(), 152064, config, tmp_path_factory.mktemp("qwen2"))
+
+
+QWEN2_MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|vision_end|>", "<tool_call>")
+
+
+def test_qwen2_text_is_split_as_in_tokenizers(qwen2: Pair) -> None:
+    texts = fuzz(2000, 5, QWEN2_MARKS)
+    assert len(set(texts)) > 1800
+    assert sum(unicodedata.normalize("NFC", t) != t for t in texts) > 100
+    assert qwen2.differences(texts, special=True) == []
+    assert qwen2.differences(texts, special=False) == []
+    assert qwen2.differences(texts[:200], special=True, ends=True) == []
+
+
+def test_qwen2_special_ids(qwen2: Pair) -> None:
+    ours = qwen2.ours
+    assert (ours.bos, ours.eos, ours.eot, ours.pad, ours.image_token_id) == (151643, 151645, 151645, 151643, None)
+    assert (ours.model, ours.pre, ours.add_bos, ours.add_eos, ours.n_used) == ("gpt2", "qwen2", False, False, 151665)
+    assert ours.tokens[151664:151666] == ("<|file_sep|>", "[PAD151665]")
+    assert ours.chat_template.startswith("{%- if tools %}")
+    assert qwen2.vocab.encode("Hi", special=False, ends=True) == qwen2.vocab.encode("Hi", special=False)
+    assert lib.llama_vocab_eos(qwen2.vocab.vocab) == 151645
+    assert not lib.llama_vocab_get_add_bos(qwen2.vocab.vocab)
+    checked = qwen2.vocab.checked
+    assert (checked.pre, checked.bos, checked.eos, checked.add_bos) == ("qwen2", 151643, 151645, False)
+
+
+def test_qwen2_without_bos(tmp_path: Path) -> None:
+    """Where the configuration names none, as the tokenizer does not, the GGUF has none."""
+    build_qwen2(tmp_path)
+    pair = Pair(tmp_path, 600, {}, tmp_path)
+    assert (pair.ours.bos, pair.ours.add_bos, pair.ours.eos) == (None, False, pair.reference.token_to_id("<|im_end|>"))
+    assert "tokenizer.ggml.bos_token_id" not in {f.key for f in pair.ours.fields()}
+    assert pair.vocab.checked.bos == -1 and not pair.vocab.checked.add_bos
+    texts = ["Hello", "e\u0301 12345 don'T", "a<|im_end|>b", *SENTENCES]
+    assert pair.differences(texts, special=True, ends=True) == []
+
+
+def test_bad_qwen2_tokenizers(tmp_path: Path) -> None:
+    bos = {"id": "B", "ids": [1], "tokens": ["B"]}
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"B": bos}}
+    template["single"] = [{"SpecialToken": {"id": "B", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    for change, problem in (
+        (set_in("normalizer", value=None), "normalizer is None; only NFC, as Qwen2 has it, is supported"),
+        (set_in("normalizer", value={"type": "NFKC"}), "normalizer is 'NFKC'; only NFC, as Qwen2 has it, is supported"),
+        (set_in("post_processor", value=template), "post_processor.single puts the ids [1] before"),
+    ):
+        build_qwen2(tmp_path)
+        rewrite(tmp_path, change)
+        with pytest.raises(CheckpointError) as caught:
+            read_tokenizer(tmp_path, 600, {})
+        assert str(caught.value).startswith(f"{tmp_path / 'tokenizer.json'}: {problem}")
+
+
+def test_words_that_qwen2_would_not_take_whole_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_qwen2(tmp_path)
+    rewrite(tmp_path, lambda c: c["model"]["vocab"].update(zzzz=550))
+    with caplog.at_level(logging.WARNING):
+        read_tokenizer(tmp_path, 600, {})
+    assert not caplog.records
+    rewrite(tmp_path, lambda c: c["model"].update(ignore_merges=True))
+    with caplog.at_level(logging.WARNING):
+        read_tokenizer(tmp_path, 600, {})
+    assert "is set: 1 tokens, such as 'zzzz', cannot be reached by merges; llama.cpp will not use them" in caplog.text
+
+
 # Small tokenizers, made by the library itself.
 
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
 
 
-def build(directory: Path, **changes: Any) -> dict[str, Any]:
-    """Write a small tokenizer, and return the content of its tokenizer.json with `changes` made."""
-    bpe = Reference(models.BPE(ignore_merges=True))
+def train(regex: str, ignore_merges: bool) -> Reference:
+    bpe = Reference(models.BPE(ignore_merges=ignore_merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_REGEX), "isolated"),
+            pre_tokenizers.Split(Regex(regex), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -124,6 +204,23 @@ def build(directory: Path, **changes: Any) -> dict[str, Any]:
         vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     bpe.train_from_iterator(SENTENCES * 3, trainer)
+    return bpe
+
+
+def build_qwen2(directory: Path) -> None:
+    """Write a small tokenizer as Qwen2 has it."""
+    bpe = train(QWEN2_REGEX, ignore_merges=False)
+    bpe.normalizer = normalizers.NFC()
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in QWEN2_MARKS[:3]])
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    bpe.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": None, "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def build(directory: Path, **changes: Any) -> dict[str, Any]:
+    """Write a small tokenizer, and return the content of its tokenizer.json with `changes` made."""
+    bpe = train(LLAMA3_REGEX, ignore_merges=True)
     bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
     bos = SPECIALS[0]
     bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
@@ -285,7 +382,7 @@ def set_in(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 SPLIT, BYTES = ("pre_tokenizer", "pretokenizers", 0), ("pre_tokenizer", "pretokenizers", 1)
 
 BAD_TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "unigram": (set_in("model", "type", value="Unigram"), "model.type is 'Unigram'; supported is BPE, Llama 3's"),
+    "unigram": (set_in("model", "type", value="Unigram"), "model.type is 'Unigram'; supported is BPE, the byte-level"),
     "no model": (set_in("model", value=[1]), "model must be an object"),
     "byte fallback": (set_in("model", "byte_fallback", value="yes"), "model.byte_fallback must be true or false"),
     "dropout": (set_in("model", "dropout", value=0.1), "model.dropout is set"),

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from local_llava.convert.config import Config
-from local_llava.convert.families import Decoder, llama
+from local_llava.convert.families import Decoder, llama, phi3, qwen2
 
-_KINDS: dict[str, Callable[[Config, bool], Decoder]] = {"llama": llama.decoder, "mistral": llama.decoder}
+_KINDS: dict[str, Callable[[Config, bool], Decoder]] = {
+    "llama": llama.decoder,
+    "mistral": llama.decoder,
+    "phi3": phi3.decoder,
+    "qwen2": qwen2.decoder,
+}
 
 
 def read_decoder(config: Config, tied: bool) -> Decoder:

@@ -1,10 +1,12 @@
 """The Llama decoder, and Mistral's, which differs in defaults and a window: its tensors and metadata in a GGUF.
 
-Names and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's converter.
+Names and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's converter. Qwen2 shares the
+table, Phi-3 the metadata.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +15,12 @@ from numpy.typing import NDArray
 
 from local_llava.convert.config import Config
 from local_llava.convert.families import Decoder, Row
+from local_llava.convert.families.rope import Rope, read_rope
 from local_llava.convert.plan import Field, Load
 from local_llava.convert.source import SourceTensor
 from local_llava.errors import CheckpointError
 
-_DEFAULTS: dict[str, dict[str, int]] = {
+_DEFAULTS: dict[str, dict[str, float]] = {
     "llama": {},
     "mistral": {
         "intermediate_size": 14336,
@@ -28,10 +31,13 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 }
 """Supported kinds of text_config, with what transformers' class takes where it differs from LlamaConfig's."""
 
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+_FEED_FORWARD = ("ffn_gate", "ffn_up", "ffn_down")
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Hyperparameters, with transformers' LlamaConfig defaults for what a configuration leaves out."""
+    """Hyperparameters, with transformers' defaults for what a configuration leaves out."""
 
     n_vocab: int
     n_embd: int
@@ -40,27 +46,44 @@ class LlamaConfig:
     n_head: int
     n_head_kv: int
     head_dim: int
+    n_rot: int
+    """Dimensions of a head that are rotated."""
     n_ctx: int
     rms_eps: float
-    rope_base: float
-    attention_bias: bool
-    mlp_bias: bool
+    rope: Rope
 
 
 def decoder(config: Config, tied: bool) -> Decoder:
     """What the GGUF holds; as `families.decoders.read_decoder`."""
-    c = read_config(config)
-    return Decoder("llama", c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv, rows(c, tied), fields(c))
+    kind = config.choice("model_type", "llama", tuple(_DEFAULTS))
+    c = read_config(config, _DEFAULTS[kind], windowed=kind == "mistral")
+    biases = (*_ATTENTION * config.flag("attention_bias", False), *_FEED_FORWARD * config.flag("mlp_bias", False))
+    table = rows(c, tied, biases, permuted={"attn_q": c.n_head, "attn_k": c.n_head_kv})
+    return Decoder("llama", c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv, table, fields("llama", c))
 
 
-def read_config(config: Config) -> LlamaConfig:
-    """Read text_config.
+def read_config(
+    config: Config,
+    defaults: Mapping[str, float],
+    *,
+    windowed: bool,
+    rotated: float = 1.0,
+    read_rope: Callable[[Config, int], Rope] = read_rope,
+) -> LlamaConfig:
+    """Read what all decoders of this shape have.
+
+    Args:
+        config: Of the language model.
+        defaults: What transformers' class takes where it differs from LlamaConfig's.
+        windowed: Whether tokens see no further than `sliding_window`. llama.cpp's models see all of the context, so
+            that none longer than the window is offered.
+        rotated: The part of a head's dimensions that is rotated.
+        read_rope: Reads the rotary embedding's settings, given the number of these dimensions.
 
     Raises:
-        CheckpointError: Not a Llama decoder, a value makes no sense, or a setting is not supported.
+        CheckpointError: A value makes no sense, or a setting is not supported.
     """
-    kind = config.choice("model_type", "llama", tuple(_DEFAULTS))
-    config = Config(config.path, {**_DEFAULTS[kind], **config.values}, config.section)
+    config = Config(config.path, {**defaults, **config.values}, config.section)
     config.choice("hidden_act", "silu", ("silu",))
     n_embd = config.integer("hidden_size", 4096, 1, 1 << 17)
     n_head = config.integer("num_attention_heads", 32, 1, 1 << 10)
@@ -72,8 +95,12 @@ def read_config(config: Config) -> LlamaConfig:
     if config.values.get("head_dim") is None and n_embd % n_head:
         raise CheckpointError(f"{config.name('num_attention_heads')}: {n_head} does not divide hidden_size {n_embd}")
     head_dim = config.integer("head_dim", max(1, n_embd // n_head), 1, 1 << 12)
-    if head_dim % 2:
-        raise CheckpointError(f"{config.name('head_dim')} must be even, not {head_dim}")
+    n_rot = int(head_dim * rotated)
+    if head_dim % 2 or n_rot % 2 or not n_rot:
+        part = f", and a part of {rotated:g} of it" if rotated != 1 else ""
+        raise CheckpointError(f"{config.name('head_dim')} must be even{part}, not {head_dim}")
+    rope = read_rope(config, n_rot)
+    window = config.integer("sliding_window", 1 << 30, 1, 1 << 30) if windowed else 1 << 30
     return LlamaConfig(
         n_vocab=config.integer("vocab_size", 32000, 1, 1 << 22),
         n_embd=n_embd,
@@ -82,58 +109,61 @@ def read_config(config: Config) -> LlamaConfig:
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
-        n_ctx=_n_ctx(config, kind),
+        n_rot=n_rot,
+        n_ctx=min(rope.n_ctx, window),
         rms_eps=config.number("rms_norm_eps", 1e-6, 1e-12, 1),
-        rope_base=_rope_base(config),
-        attention_bias=config.flag("attention_bias", False),
-        mlp_bias=config.flag("mlp_bias", False),
+        rope=rope,
     )
 
 
-def _n_ctx(config: Config, kind: str) -> int:
-    """The context length; Mistral's at most its window, since llama.cpp's `llama` attends to all of the context."""
-    trained = config.integer("max_position_embeddings", 2048, 1, 1 << 27)
-    if kind != "mistral" or config.values.get("sliding_window") is None:
-        return trained
-    return min(trained, config.integer("sliding_window", None, 1, 1 << 30))
+def check_width(config: Config, c: LlamaConfig) -> None:
+    """Check that the heads together are as wide as the model, which llama.cpp's other architectures take for granted.
+
+    Raises:
+        CheckpointError: They are not.
+    """
+    if c.n_head * c.head_dim != c.n_embd:
+        raise CheckpointError(
+            f"{config.name('head_dim')}: {c.n_head} heads of {c.head_dim} must make hidden_size {c.n_embd} here"
+        )
 
 
-def _rope_base(config: Config) -> float:
-    """transformers 5 keeps theta and scaling in `rope_parameters`; before, in `rope_theta` and `rope_scaling`."""
-    rope = config.sub("rope_parameters")
-    scaling = config.sub("rope_scaling")
-    for where in (rope, scaling):
-        key = "type" if "type" in where.values and "rope_type" not in where.values else "rope_type"
-        where.choice(key, "default", ("default",))
-    old = config.number("rope_theta", 10000.0, 1, 1e12)
-    return rope.number("rope_theta", old, 1, 1e12)
+def rows(c: LlamaConfig, tied: bool, biases: tuple[str, ...], permuted: Mapping[str, int]) -> list[Row]:
+    """Every tensor of the decoder, in the order of the file.
 
-
-def rows(c: LlamaConfig, tied: bool) -> list[Row]:
-    """Every tensor of the decoder, in the order of the file."""
+    Args:
+        c: Hyperparameters.
+        tied: As of `decoder`.
+        biases: Matrices that have one.
+        permuted: Matrices whose rows get llama.cpp's order, with the heads in each.
+    """
     q, kv = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
     layer = {
-        "attn_norm.weight": ("input_layernorm.weight", (c.n_embd,)),
-        "attn_q.weight": ("self_attn.q_proj.weight", (q, c.n_embd)),
-        "attn_k.weight": ("self_attn.k_proj.weight", (kv, c.n_embd)),
-        "attn_v.weight": ("self_attn.v_proj.weight", (kv, c.n_embd)),
-        "attn_output.weight": ("self_attn.o_proj.weight", (c.n_embd, q)),
-        "ffn_norm.weight": ("post_attention_layernorm.weight", (c.n_embd,)),
-        "ffn_gate.weight": ("mlp.gate_proj.weight", (c.n_ff, c.n_embd)),
-        "ffn_up.weight": ("mlp.up_proj.weight", (c.n_ff, c.n_embd)),
-        "ffn_down.weight": ("mlp.down_proj.weight", (c.n_embd, c.n_ff)),
+        "attn_norm": ("input_layernorm", (c.n_embd,)),
+        "attn_q": ("self_attn.q_proj", (q, c.n_embd)),
+        "attn_k": ("self_attn.k_proj", (kv, c.n_embd)),
+        "attn_v": ("self_attn.v_proj", (kv, c.n_embd)),
+        "attn_output": ("self_attn.o_proj", (c.n_embd, q)),
+        "ffn_norm": ("post_attention_layernorm", (c.n_embd,)),
+        "ffn_gate": ("mlp.gate_proj", (c.n_ff, c.n_embd)),
+        "ffn_up": ("mlp.up_proj", (c.n_ff, c.n_embd)),
+        "ffn_down": ("mlp.down_proj", (c.n_embd, c.n_ff)),
     }
-    for has_bias, part in ((c.attention_bias, "attn_"), (c.mlp_bias, "ffn_")):
-        for target, (source, shape) in list(layer.items()) if has_bias else ():
-            if target.startswith(part) and "norm" not in target:
-                layer[target.replace(".weight", ".bias")] = (source.replace(".weight", ".bias"), shape[:1])
-    heads = {"attn_q": c.n_head, "attn_k": c.n_head_kv}
-    table = [Row("token_embd.weight", "model.embed_tokens.weight", (c.n_vocab, c.n_embd))]
+    table = []
+    for target, (source, shape) in layer.items():
+        parts = {"weight": shape, "bias": shape[:1]} if target in biases else {"weight": shape}
+        for part, size in parts.items():
+            row = Row(f"{target}.{part}", f"{source}.{part}", size)
+            n_head = permuted.get(target)
+            table.append(row if n_head is None else Row(row.target, row.source, size, _permuted(n_head)))
+    return whole(c, tied, table)
+
+
+def whole(c: LlamaConfig, tied: bool, layer: list[Row]) -> list[Row]:
+    """The rows of a decoder of which `layer` are those of a layer, without its number."""
+    table = [*c.rope.rows(), Row("token_embd.weight", "model.embed_tokens.weight", (c.n_vocab, c.n_embd))]
     for i in range(c.n_layer):
-        for target, (source, shape) in layer.items():
-            n_head = heads.get(target.partition(".")[0])
-            row = Row(f"blk.{i}.{target}", f"model.layers.{i}.{source}", shape)
-            table.append(row if n_head is None else Row(row.target, row.source, shape, _permuted(n_head)))
+        table += [Row(f"blk.{i}.{row.target}", f"model.layers.{i}.{row.source}", row.shape, row.load) for row in layer]
     table.append(Row("output_norm.weight", "model.norm.weight", (c.n_embd,)))
     if not tied:
         table.append(Row("output.weight", "lm_head.weight", (c.n_vocab, c.n_embd)))
@@ -167,10 +197,10 @@ class _permuted:  # noqa: N801 - used as a function
         return load
 
 
-def fields(c: LlamaConfig) -> list[Field]:
+def fields(architecture: str, c: LlamaConfig) -> list[Field]:
     """The architecture's metadata."""
     u32, f32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
-    entries: list[tuple[str, float, GGUFValueType]] = [
+    entries: list[tuple[str, float | str, GGUFValueType]] = [
         ("vocab_size", c.n_vocab, u32),
         ("context_length", c.n_ctx, u32),
         ("embedding_length", c.n_embd, u32),
@@ -181,7 +211,8 @@ def fields(c: LlamaConfig) -> list[Field]:
         ("attention.layer_norm_rms_epsilon", c.rms_eps, f32),
         ("attention.key_length", c.head_dim, u32),
         ("attention.value_length", c.head_dim, u32),
-        ("rope.dimension_count", c.head_dim, u32),
-        ("rope.freq_base", c.rope_base, f32),
+        ("rope.dimension_count", c.n_rot, u32),
+        ("rope.freq_base", c.rope.base, f32),
+        *c.rope.entries,
     ]
-    return [Field(f"llama.{key}", value, kind) for key, value, kind in entries]
+    return [Field(f"{architecture}.{key}", value, kind) for key, value, kind in entries]
