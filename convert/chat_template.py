@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from local_llava.convert.config import read_json
+from local_llava.convert.typed_parts import taking_both
 from local_llava.default_chats import LLAMA3_CHAT, default_chat
 from local_llava.errors import CheckpointError
 from local_llava.types import MAX_CHAT_TEMPLATE
@@ -23,6 +24,8 @@ logger = logging.getLogger("local_llava")
 def read_chat_template(directory: Path, model: str, tokens: Collection[str]) -> str:
     """The template that the checkpoint's processor uses; else its tokenizer's; else its kind's, shown by its tokens.
 
+    Where it takes only texts, or only lists of parts, it is made to take both.
+
     Args:
         directory: Of the checkpoint.
         model: Kind of the vocabulary as GGUF names it.
@@ -34,7 +37,7 @@ def read_chat_template(directory: Path, model: str, tokens: Collection[str]) -> 
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:
-            return _checked(path, path.read_text(encoding="utf-8"))
+            return _taking_both(_checked(path, path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{path}: cannot be read as UTF-8 text") from e
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
@@ -43,12 +46,18 @@ def read_chat_template(directory: Path, model: str, tokens: Collection[str]) -> 
         if isinstance(template, (list, dict)):
             template = _default_of(template)
         if template is not None:
-            return _checked(path, template)
+            return _taking_both(_checked(path, template))
     default = default_chat(model, tokens)
     if default is not None:
         logger.info("%s: no chat template; the one that such models were trained with is taken", directory)
         return default
     raise CheckpointError(f"{directory}: no chat template: put it into chat_template.jinja beside config.json")
+
+
+def _taking_both(template: str) -> str:
+    """llama.cpp's server and others give a template texts or lists of parts, whichever a request came with."""
+    longer = taking_both(template, {"bos_token": "", "eos_token": ""})
+    return longer if len(longer) <= MAX_CHAT_TEMPLATE else template
 
 
 def _default_of(templates: Any) -> Any:

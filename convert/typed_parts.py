@@ -17,15 +17,15 @@ _PROBE = "\ufdd0"
 
 _AS_TEXT = """{%- set turns = namespace(made=[]) -%}
 {%- for message in messages -%}
-{%- set content = namespace(text='') -%}
-{%- if message['content'] is string -%}{%- set content.text = message['content'] -%}
+{%- if message['content'] is string -%}{%- set turns.made = turns.made + [message] -%}
 {%- else -%}
+{%- set content = namespace(text='') -%}
 {%- for part in message['content'] if part['type'] == 'image' -%}{%- set content.text = content.text + '<image>\\n' -%}
 {%- endfor -%}
 {%- for part in message['content'] if part['type'] == 'text' -%}{%- set content.text = content.text + part['text'] -%}
 {%- endfor -%}
-{%- endif -%}
 {%- set turns.made = turns.made + [{'role': message['role'], 'content': content.text}] -%}
+{%- endif -%}
 {%- endfor -%}
 {%- set messages = turns.made -%}
 """
@@ -33,11 +33,11 @@ _AS_TEXT = """{%- set turns = namespace(made=[]) -%}
 
 _AS_PARTS = """{%- set turns = namespace(made=[]) -%}
 {%- for message in messages -%}
-{%- set content = namespace(parts=message['content']) -%}
-{%- if content.parts is string -%}
-{%- set content.parts = [{'type': 'text', 'text': message['content']}] -%}
+{%- if message['content'] is not string -%}{%- set turns.made = turns.made + [message] -%}
+{%- else -%}
+{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
+{%- set turns.made = turns.made + [{'role': message['role'], 'content': parts}] -%}
 {%- endif -%}
-{%- set turns.made = turns.made + [{'role': message['role'], 'content': content.parts}] -%}
 {%- endfor -%}
 {%- set messages = turns.made -%}
 """

@@ -108,7 +108,7 @@ def test_llama3_special_ids(llama3: Pair) -> None:
     assert lib.llama_vocab_eos(vocab) == 128001
     assert lib.llama_vocab_eot(vocab) == 128009
     assert [i for i in range(128320) if lib.llama_vocab_is_eog(vocab, i)] == [128001, 128009]
-    assert ours.chat_template.startswith("{% set loop_messages = messages %}")
+    assert "{% set loop_messages = messages %}" in ours.chat_template
     assert llama3.vocab.checked.overrides == {}
 
 
@@ -139,7 +139,7 @@ def test_qwen2_special_ids(qwen2: Pair) -> None:
     assert (ours.bos, ours.eos, ours.eot, ours.pad, ours.image_token_id) == (151643, 151645, 151645, 151643, None)
     assert (ours.model, ours.pre, ours.add_bos, ours.add_eos, ours.n_used) == ("gpt2", "qwen2", False, False, 151665)
     assert ours.tokens[151664:151666] == ("<|file_sep|>", "[PAD151665]")
-    assert ours.chat_template.startswith("{%- if tools %}")
+    assert "{%- if tools %}" in ours.chat_template
     assert qwen2.vocab.encode("Hi", special=False, ends=True) == qwen2.vocab.encode("Hi", special=False)
     assert lib.llama_vocab_eos(qwen2.vocab.vocab) == 151645
     assert not lib.llama_vocab_get_add_bos(qwen2.vocab.vocab)
