@@ -22,14 +22,17 @@ from local_llava.convert.families.decoders import read_decoder
 from local_llava.convert.families.towers import read_tower
 from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
-from local_llava.convert.preprocessing import read_preprocessing
+from local_llava.convert.preprocessing import CLIP_MEAN, CLIP_STD, read_preprocessing
 from local_llava.convert.source import FLOATS, SourceTensor
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
 from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, MAX_TILES, PAIR_KEY, ModelFiles, Preprocessing
 
-_UNUSED = re.compile(r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight)$")
-"""Tensors that checkpoints carry and LLaVA does not use."""
+_UNUSED = re.compile(
+    r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight"
+    r"|\bhead\.(probe|(attention|layernorm|mlp)\..*))$"
+)
+"""Tensors that checkpoints carry and LLaVA does not use; the last ones pool SigLIP's patches."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Conversion:
     model: GGUFPlan
     mmproj: GGUFPlan
     overwrite: bool
+    source_notes: tuple[str, ...] = ()
+    """Of the checkpoint."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user may not expect of the two files, one line each."""
-        return (*self.model.notes, *self.mmproj.notes)
+        """What the user may not expect of the checkpoint and the two files, one line each."""
+        return (*self.source_notes, *self.model.notes, *self.mmproj.notes)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -193,7 +198,7 @@ def prepare(
         ),
         notes=mmproj_types.notes,
     )
-    return Conversion(files, model, mmproj, overwrite)
+    return Conversion(files, model, mmproj, overwrite, tuple(parts.notes))
 
 
 def model_name(directory: Path) -> str:
@@ -207,7 +212,10 @@ def model_name(directory: Path) -> str:
 
 def _preprocessing(parts: Parts, tower: Tower) -> Preprocessing:
     """What the image processor's configuration says, and the family."""
-    how = read_preprocessing(parts.processor, tower.image_size)
+    if parts.processor is None:
+        how = Preprocessing(tower.image_size, CLIP_MEAN, CLIP_STD)
+    else:
+        how = read_preprocessing(parts.processor, tower.image_size)
     for height, width in parts.grid:
         if height % tower.image_size or width % tower.image_size or height * width > MAX_TILES * tower.image_size**2:
             raise CheckpointError(

@@ -133,7 +133,7 @@ def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
 )
 def test_a_decoder_that_the_runtime_would_refuse(tmp_path: Path, entry: str, value: float) -> None:
     with pytest.raises(CheckpointError, match=rf"config.json: text_config.{entry}"):
-        llama.read_config(Config(tmp_path / "config.json", {entry: value}, "text_config"))
+        llama.decoder(Config(tmp_path / "config.json", {entry: value}, "text_config"), tied=False)
 
 
 @pytest.mark.parametrize(

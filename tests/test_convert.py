@@ -20,6 +20,7 @@ from llava_checkpoints import LAYOUTS, edit_json, random_model, save
 from safetensors.torch import load_file, save_file
 
 from local_llava.convert import Overrides, convert, prepare
+from local_llava.convert.conversion import model_name
 from local_llava.convert.mixes import LLM_MIXES, MMPROJ_MIXES
 from local_llava.errors import CheckpointError, OutputError, UsageError
 from local_llava.gguf_file import TYPES, GGUFFile
@@ -126,6 +127,22 @@ def test_metadata_says_where_it_comes_from(copy: Path, tmp_path: Path) -> None:
         assert metadata["general.source.repo_url"] == "https://huggingface.co/xtuner/llava-tiny-transformers"
         assert metadata["general.quantization_version"] == 2
         assert metadata["local_llava.pair_id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("llava-llama-3-8b-v1_1-transformers", "llava-llama-3-8b-v1_1"),
+        ("llava-llama-3-8b-v1_1-hf", "llava-llama-3-8b-v1_1"),
+        ("llava-llama-3-8b-v1_1", "llava-llama-3-8b-v1_1"),
+        ("llava-v1.5-7b", "llava-v1.5-7b"),
+        # Another training of the same kind, so the name is all that tells the files apart.
+        ("llava-v1.5-7b-xtuner", "llava-v1.5-7b-xtuner"),
+        ("hub/models--xtuner--llava-phi-3-mini-hf/snapshots/0123abc", "llava-phi-3-mini"),
+    ],
+)
+def test_names_of_models(path: str, name: str, tmp_path: Path) -> None:
+    assert model_name(tmp_path / path) == name
 
 
 def test_preprocessing_is_stored(copy: Path, tmp_path: Path) -> None:
@@ -323,7 +340,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "only pickles": (
         lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"),
         "pytorch_model.bin",
-        "safetensors are what can be converted",
+        "not a PyTorch file",
     ),
     "wrong dtype": (replace_tensor(DOWN, lambda t: t.to(torch.int64)), DOWN, "I64"),
     "double precision": (replace_tensor(DOWN, lambda t: t.double()), DOWN, "F64"),
@@ -361,13 +378,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "feature layer out of range": (lambda d: edit_json(d / CONFIG, vision_feature_layer=-9), CONFIG, "feature_layer"),
     "several feature layers": (lambda d: edit_json(d / CONFIG, vision_feature_layer=[-2, -5]), CONFIG, "feature_layer"),
-    "features with the class token": (
-        lambda d: edit_json(d / CONFIG, vision_feature_select_strategy="full"),
+    "features of another choice": (
+        lambda d: edit_json(d / CONFIG, vision_feature_select_strategy="cls"),
         CONFIG,
-        "default",
+        "supported: default, full",
     ),
     "rope scaling": (
-        lambda d: edit_json(d / CONFIG, text_config__rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        lambda d: edit_json(d / CONFIG, text_config__rope_scaling={"rope_type": "longrope", "factor": 4.0}),
         CONFIG,
         "rope_type",
     ),
@@ -378,16 +395,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "a text model": (
         lambda d: (
-            edit_json(d / CONFIG, architectures=["LlamaForCausalLM"]),
+            edit_json(d / CONFIG, architectures=["LlamaForCausalLM"], vision_config=None),
             edit_tensors(d, drop("vision_tower")),
             edit_tensors(d, drop("multi")),
         ),
         CONFIG,
         "without a vision tower",
     ),
-    "another decoder": (lambda d: edit_json(d / CONFIG, text_config__model_type="qwen2"), CONFIG, "supported: llama"),
+    "another decoder": (lambda d: edit_json(d / CONFIG, text_config__model_type="gpt2"), CONFIG, "supported: llama"),
     "another tower": (
-        lambda d: edit_json(d / CONFIG, vision_config__model_type="siglip_vision_model"),
+        lambda d: edit_json(d / CONFIG, vision_config__model_type="dinov2"),
         CONFIG,
         "clip_vision_model",
     ),
@@ -409,7 +426,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "crop_size",
     ),
     "unknown processor": (
-        lambda d: edit_json(d / "preprocessor_config.json", image_processor_type="SiglipImageProcessor"),
+        lambda d: edit_json(d / "preprocessor_config.json", image_processor_type="ViTImageProcessor"),
         "preprocessor_config.json",
         "CLIPImageProcessor",
     ),

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava.convert.checkpoint import Checkpoint, ReadWeights, check_directory
-from local_llava.convert.companions import NO_COMPANIONS, Companions
-from local_llava.convert.config import Config
+from local_llava.convert.companions import LLM, NO_COMPANIONS, TOWER, Companions, refuse
+from local_llava.convert.config import Config, read_json
+from local_llava.convert.families import strangers
 from local_llava.convert.plan import Field, Load
 from local_llava.convert.source import SourceTensor
 from local_llava.convert.weights import read_weights
@@ -67,14 +68,16 @@ class Parts:
     """Directory of the tokenizer's files and chat template."""
     top: Mapping[str, Any]
     """The top level of the configuration, which names the image token."""
-    processor: Path
-    """Directory of the image processor's configuration."""
+    processor: Path | None
+    """Directory of the image processor's configuration; None where it is known to be CLIP's own."""
     mode: PreprocessMode | None = None
     """How pictures become square, where the family says so and not the image processor."""
     grid: tuple[tuple[int, int], ...] = ()
     """Of LLaVA-NeXT: the resolutions that pictures are cut into tiles from, height and width."""
     unknown: Sequence[str] = ()
     """Names of tensors that belong to no part."""
+    notes: Sequence[str] = ()
+    """What the user may not expect, one line each: which parts come from outside the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -118,33 +121,53 @@ def open_checkpoint(directory: Path, companions: Companions = NO_COMPANIONS, rea
         CheckpointError: The format or the architecture is not supported (the message lists what is), a file is missing
             or damaged, or a part is missing.
     """
-    from local_llava.convert.families import llava
+    from local_llava.convert.families import llava, official, vipllava, xtuner  # which import what is defined here
 
-    families: dict[str, Callable[[Checkpoint], Parts]] = {
+    check_directory(directory)
+    if xtuner.is_xtuner(directory):
+        return xtuner.take_apart(directory, companions, read)
+    transformers = {
         "LlavaForConditionalGeneration": llava.take_apart,
         "LlavaNextForConditionalGeneration": llava.take_apart,
+        "VipLlavaForConditionalGeneration": vipllava.take_apart,
     }
-    checkpoint = Checkpoint.open(check_directory(directory), read)
-    config = checkpoint.config
-    architectures = config.values.get("architectures")
-    if architectures is None:
-        architectures = _BY_MODEL_TYPE.get(str(config.values.get("model_type")))
-    name = architectures[0] if isinstance(architectures, list) and architectures else architectures
-    if not isinstance(name, str) or name not in families:
-        note = ""
-        if (
-            isinstance(name, str)
-            and name.endswith("ForCausalLM")
-            and not any("vision" in t for t in checkpoint.tensors)
-        ):
-            note = " (a language model without a vision tower)"
+    name = _architecture(directory, (*transformers, *official.DECODERS))
+    if name in official.DECODERS:
+        return official.take_apart(directory, companions, read, official.DECODERS[name])
+    refuse(TOWER, companions.vision_tower)
+    refuse(LLM, companions.llm)
+    return transformers[name](Checkpoint.open(directory, read))
+
+
+def _architecture(directory: Path, supported: Sequence[str]) -> str:
+    """What config.json calls the model."""
+    path = directory / "config.json"
+    if not path.is_file():
+        hint = strangers.without_config(directory)
+        raise CheckpointError(f"{directory}: no config.json, so this is no checkpoint{'; ' if hint else ''}{hint}")
+    config = Config(path, read_json(path))
+    value = config.values.get("architectures")
+    if value is None:
+        value = _BY_MODEL_TYPE.get(str(config.values.get("model_type")))
+    name = value[0] if isinstance(value, list) and value else value
+    if not isinstance(name, str) or name not in supported:
+        hint = strangers.with_config(str(name), config.values)
         raise CheckpointError(
-            f"{config.name('architectures')}: {name!a:.80}{note} is not supported; supported: {', '.join(families)}"
+            f"{config.name('architectures')}: {name!a:.80}{f' ({hint})' if hint else ''} is not supported; "
+            f"supported: {', '.join(supported)}"
         )
-    return families[name](checkpoint)
+    return name
 
 
-_BY_MODEL_TYPE = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+_BY_MODEL_TYPE = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
+    "llava_llama": "LlavaLlamaForCausalLM",
+    "llava_mistral": "LlavaMistralForCausalLM",
+    "llava_qwen": "LlavaQwenForCausalLM",
+}
+"""Where a configuration names no architecture."""
 
 
 def is_checkpoint(directory: Path) -> bool:

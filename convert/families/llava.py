@@ -5,6 +5,8 @@ Knows prefixes and the top level of config.json; the parts themselves are `llama
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from local_llava.convert.checkpoint import Checkpoint
@@ -46,6 +48,9 @@ DEFAULT_VISION = {
 DEFAULT_GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """LlavaNextConfig's `image_grid_pinpoints`."""
 
+MAX_GRID = 64
+"""Resolutions; the runtime takes no more."""
+
 
 def take_apart(checkpoint: Checkpoint) -> Parts:
     """Sort the tensors by part, and read what the top level of the configuration says.
@@ -55,6 +60,13 @@ def take_apart(checkpoint: Checkpoint) -> Parts:
     """
     config = checkpoint.config
     parts, unknown = sort_tensors(checkpoint, PREFIXES)
+    require(
+        parts,
+        checkpoint.directory,
+        vision="vision tower (vision_tower.*): this checkpoint holds only the language model",
+        projector="projector (multi_modal_projector.*)",
+        text="language model (language_model.*)",
+    )
     # Published projectors use the exact (erf) GELU; the runtime computes no other.
     config.choice("projector_hidden_act", "gelu", ("gelu",))
     vision = config.sub("vision_config")
@@ -76,7 +88,7 @@ def take_apart(checkpoint: Checkpoint) -> Parts:
         tokenizer=checkpoint.directory,
         top=checkpoint.values,
         processor=checkpoint.directory,
-        grid=_grid(config) if _is_next(config) else (),
+        grid=read_grid(config, config.values.get("image_grid_pinpoints") or DEFAULT_GRID) if _is_next(config) else (),
         unknown=unknown,
     )
 
@@ -94,7 +106,7 @@ def sort_tensors(
         The tensors of "text", "vision" and "projector" by their own names, and the names that belong to none.
 
     Raises:
-        CheckpointError: A part has no tensors, or two names mean the same tensor.
+        CheckpointError: Two names mean the same tensor.
     """
     parts: dict[str, dict[str, SourceTensor]] = {"text": {}, "vision": {}, "projector": {}}
     unknown: list[str] = []
@@ -109,14 +121,18 @@ def sort_tensors(
         if own in parts[part]:
             raise CheckpointError(f"{tensor}: means the same tensor as {parts[part][own].name}")
         parts[part][own] = tensor
-    for part, what in (
-        ("vision", "vision tower (vision_tower.*): this checkpoint holds only the language model"),
-        ("projector", "projector (multi_modal_projector.*)"),
-        ("text", "language model (language_model.*)"),
-    ):
-        if not parts[part]:
-            raise CheckpointError(f"{checkpoint.directory}: no tensors of the {what}")
     return parts, unknown
+
+
+def require(parts: Mapping[str, Mapping[str, SourceTensor]], directory: Path, **names: str) -> None:
+    """Check that parts have tensors; `names` says of each how a message calls it.
+
+    Raises:
+        CheckpointError: One has none.
+    """
+    for part, what in names.items():
+        if not parts[part]:
+            raise CheckpointError(f"{directory}: no tensors of the {what}")
 
 
 def _is_next(config: Config) -> bool:
@@ -125,17 +141,29 @@ def _is_next(config: Config) -> bool:
     ]
 
 
-def _grid(config: Config) -> tuple[tuple[int, int], ...]:
-    """The resolutions of LLaVA-NeXT. Their bounds are checked where they are written (`Preprocessing`)."""
-    grid: Any = config.values.get("image_grid_pinpoints") or DEFAULT_GRID
-    if not isinstance(grid, list) or not all(
-        isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v <= 1 << 14 for v in size)
-        for size in grid
+def read_grid(config: Config, value: Any, order: str = "heights and widths") -> tuple[tuple[int, int], ...]:
+    """The pairs of `image_grid_pinpoints`. Their bounds are checked where they are written (`Preprocessing`).
+
+    Args:
+        config: The top level.
+        value: The field's, or what stands for it.
+        order: Of the two numbers of a pair, for the message.
+
+    Raises:
+        CheckpointError: It is no list of pairs.
+    """
+    if (
+        not isinstance(value, list)
+        or not 1 <= len(value) <= MAX_GRID
+        or not all(
+            isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v <= 1 << 14 for v in size)
+            for size in value
+        )
     ):
         raise CheckpointError(
-            f"{config.name('image_grid_pinpoints')} must be a list of heights and widths, not {grid!a:.80}"
+            f"{config.name('image_grid_pinpoints')} must be a list of 1 to {MAX_GRID} {order}, not {value!a:.80}"
         )
-    return tuple((height, width) for height, width in grid)
+    return tuple((first, second) for first, second in value)
 
 
 def _feature_layers(config: Config) -> tuple[int, ...]:
