@@ -166,6 +166,7 @@ def prepare(
         n_head=decoder.n_head,
         n_head_kv=decoder.n_head_kv,
         overrides=overrides,
+        architecture=decoder.architecture,
     )
     mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower.rows, *tower.projector_rows]))
     shared = [
@@ -198,7 +199,7 @@ def prepare(
         ),
         notes=mmproj_types.notes,
     )
-    return Conversion(files, model, mmproj, overwrite, tuple(parts.notes))
+    return Conversion(files, model, mmproj, overwrite, (*parts.notes, *decoder.notes))
 
 
 def model_name(directory: Path) -> str:

@@ -67,7 +67,12 @@ def size(entry: ModelEntry, quant: str = DEFAULT_QUANT, mmproj_quant: str = DEFA
     decoder = read_decoder(parts.text, parts.tied)
     tower = read_tower(parts, decoder.n_embd)
     types = tensor_types.llm_types(
-        mix, _named(decoder.rows), n_layer=decoder.n_layer, n_head=decoder.n_head, n_head_kv=decoder.n_head_kv
+        mix,
+        _named(decoder.rows),
+        n_layer=decoder.n_layer,
+        n_head=decoder.n_head,
+        n_head_kv=decoder.n_head_kv,
+        architecture=decoder.architecture,
     )
     model = entry.vocabulary_bytes + _bytes(decoder.rows, types)
     tower_rows = [*tower.rows, *tower.projector_rows]

@@ -94,6 +94,8 @@ class Decoder:
     rows: Sequence[Row]
     """Every tensor, in the order of the file."""
     fields: Sequence[Field]
+    notes: tuple[str, ...] = ()
+    """What the user may not expect, one line each."""
 
 
 @dataclass(frozen=True)

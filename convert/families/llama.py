@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from local_llava.convert.config import Config
 from local_llava.convert.families import Decoder, Row
-from local_llava.convert.families.rope import Rope, read_rope
+from local_llava.convert.families.rope import Rope, read_rope, trained
 from local_llava.convert.plan import Field, Load
 from local_llava.convert.source import SourceTensor
 from local_llava.errors import CheckpointError
@@ -49,6 +49,9 @@ class LlamaConfig:
     n_rot: int
     """Dimensions of a head that are rotated."""
     n_ctx: int
+    """The longest context that llama.cpp computes as transformers does, tokens."""
+    n_ctx_train: int
+    """The longest that the model was made for."""
     rms_eps: float
     rope: Rope
 
@@ -59,7 +62,19 @@ def decoder(config: Config, tied: bool) -> Decoder:
     c = read_config(config, _DEFAULTS[kind], windowed=kind == "mistral")
     biases = (*_ATTENTION * config.flag("attention_bias", False), *_FEED_FORWARD * config.flag("mlp_bias", False))
     table = rows(c, tied, biases, permuted={"attn_q": c.n_head, "attn_k": c.n_head_kv})
-    return Decoder("llama", c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv, table, fields("llama", c))
+    return whole_decoder("llama", c, table)
+
+
+def whole_decoder(architecture: str, c: LlamaConfig, table: list[Row], *entries: Field) -> Decoder:
+    """A decoder of an architecture, with its tensors and what metadata it has besides `fields`."""
+    notes: tuple[str, ...] = ()
+    if c.n_ctx < c.n_ctx_train:
+        notes = (
+            f"contexts of up to {c.n_ctx} of {c.n_ctx_train} tokens are offered: in longer ones llama.cpp, which has no "
+            "sliding window and one set of rope factors here, differs from the model",
+        )
+    sizes = (c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv)
+    return Decoder(architecture, *sizes, table, [*fields(architecture, c), *entries], notes)
 
 
 def read_config(
@@ -111,6 +126,7 @@ def read_config(
         head_dim=head_dim,
         n_rot=n_rot,
         n_ctx=min(rope.n_ctx, window),
+        n_ctx_train=trained(config),
         rms_eps=config.number("rms_norm_eps", 1e-6, 1e-12, 1),
         rope=rope,
     )

@@ -7,13 +7,11 @@ which both give the same, at most the window and the original context (see `rope
 
 from __future__ import annotations
 
-import logging
-
 from gguf import GGUFValueType
 
 from local_llava.convert.config import Config
 from local_llava.convert.families import Decoder, Row, llama
-from local_llava.convert.families.rope import read_long_rope, trained
+from local_llava.convert.families.rope import read_long_rope
 from local_llava.convert.plan import Field
 
 _DEFAULTS = {
@@ -25,28 +23,16 @@ _DEFAULTS = {
 }
 """Phi3Config's, where they differ from LlamaConfig's."""
 
-logger = logging.getLogger("local_llava")
-
 
 def decoder(config: Config, tied: bool) -> Decoder:
     """What the GGUF holds; as `families.decoders.read_decoder`."""
     config = Config(config.path, {**_DEFAULTS, **config.values}, config.section)
     c = llama.read_config(config, {}, windowed=True, rotated=_rotated(config), read_rope=read_long_rope)
     llama.check_width(config, c)
-    if c.n_ctx < trained(config):
-        logger.info(
-            "%s: contexts of up to %d of %d tokens are offered: in longer ones llama.cpp differs from the model",
-            config.path.parent,
-            c.n_ctx,
-            trained(config),
-        )
     # 0, and not nothing, says that a file is not one of the first, which llama.cpp asks to make anew.
     window = config.values.get("sliding_window") or 0
-    entries = [
-        *llama.fields("phi3", c),
-        Field("phi3.attention.sliding_window", window, GGUFValueType.UINT32),
-    ]
-    return Decoder("phi3", c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv, _rows(c, tied), entries)
+    field = Field("phi3.attention.sliding_window", window, GGUFValueType.UINT32)
+    return llama.whole_decoder("phi3", c, _rows(c, tied), field)
 
 
 def _rotated(config: Config) -> float:

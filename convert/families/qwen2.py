@@ -24,7 +24,7 @@ def decoder(config: Config, tied: bool) -> Decoder:
     llama.check_width(config, c)
     _check_window(config)
     rows = llama.rows(c, tied, biases=("attn_q", "attn_k", "attn_v"), permuted={})
-    return Decoder("qwen2", c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv, rows, llama.fields("qwen2", c))
+    return llama.whole_decoder("qwen2", c, rows)
 
 
 def _check_window(config: Config) -> None:
