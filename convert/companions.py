@@ -41,6 +41,17 @@ class Part:
     """Of the command; the field of `Companions` is called the same."""
 
 
+@dataclass(frozen=True)
+class Outside:
+    """A part that was found outside of a checkpoint."""
+
+    part: Part
+    directory: Path
+
+    def __str__(self) -> str:
+        return f"the {self.part.what} is not in the checkpoint; taken from {self.directory}"
+
+
 TOWER = Part("vision tower", "--vision-tower")
 LLM = Part("language model", "--llm")
 

@@ -199,7 +199,7 @@ def prepare(
         ),
         notes=mmproj_types.notes,
     )
-    return Conversion(files, model, mmproj, overwrite, (*parts.notes, *decoder.notes))
+    return Conversion(files, model, mmproj, overwrite, (*map(str, parts.outside), *parts.notes, *decoder.notes))
 
 
 def model_name(directory: Path) -> str:

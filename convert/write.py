@@ -1,7 +1,8 @@
 """Writes plans to GGUF files: all of them or none, and never a part of one under its name.
 
 Knows the container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), the disk, and how to keep the processor
-busy with little memory. Does not know what the tensors mean, or how rows become bytes (`quantize.encode`).
+busy with little memory. Does not know what the tensors mean, how rows become bytes (`quantize.encode`), or how a file
+is written in several goes (`resume`).
 
 The header is packed here and not by `gguf.GGUFWriter`: its size is needed before there is a file, and that writer opens
 the file itself, adds keys of its own and drops empty strings.
@@ -18,7 +19,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,7 @@ _SCALARS = {
 
 def output_size(plan: GGUFPlan) -> int:
     """The size in bytes of the file that `write` makes of a plan."""
-    return len(_header(plan)) + sum(_padded(_tensor_size(tensor)) for tensor in plan.tensors)
+    return len(header(plan)) + sum(padded_size(tensor) for tensor in plan.tensors)
 
 
 def check_writable(outputs: Sequence[tuple[Path, int]], overwrite: bool = False) -> None:
@@ -71,7 +72,7 @@ def check_writable(outputs: Sequence[tuple[Path, int]], overwrite: bool = False)
     """
     needed: dict[int, int] = {}
     for path, size in outputs:
-        with _naming(path):
+        with naming(path):
             _check_target(path, overwrite)
             device = path.parent.stat().st_dev
             needed[device] = needed.get(device, 0) + size
@@ -131,15 +132,21 @@ class Pending:
             for file in self._files:
                 _remove(file.partial)
 
+    def adopt(self, finished: Path, path: Path) -> None:
+        """Takes a complete file from elsewhere on the same file system as one of the files, to be called `path`."""
+        with naming(path):
+            _check_target(path, self._overwrite)
+        self._files.append(replace(_File.beside(path), partial=finished))
+
     def write(
         self, plan: GGUFPlan, path: Path, *, threads: int | None = None, progress: Progress | None = None
     ) -> None:
         """Writes one of the files under a temporary name; as the function `write`, but for the name."""
-        with _naming(path):
+        with naming(path):
             _check_target(path, self._overwrite)
         file = _File.beside(path)
         try:
-            _write_file(plan, file, threads or _processors(), progress or (lambda _: None))
+            _write_file(plan, file, threads, progress or (lambda _: None))
         except BaseException:
             _remove(file.partial)
             raise
@@ -149,7 +156,7 @@ class Pending:
         published: list[_File] = []
         try:
             for file in self._files:
-                with _naming(file.path):
+                with naming(file.path):
                     file.publish(self._overwrite)
                 published.append(file)
         except BaseException:
@@ -209,16 +216,20 @@ class _File:
                 self.path.unlink()
 
 
-def _write_file(plan: GGUFPlan, file: _File, threads: int, progress: Progress) -> None:
-    with _naming(file.path):
+def _write_file(plan: GGUFPlan, file: _File, threads: int | None, progress: Progress) -> None:
+    with naming(file.path):
         out = file.partial.open("xb")
     try:
-        with contextlib.closing(_chunks(plan, threads)) as chunks:
-            for chunk in chunks:
-                with _naming(file.path):
+        start = header(plan)
+        with naming(file.path):
+            out.write(start)
+        progress(len(start))
+        with contextlib.closing(chunks(plan.tensors, threads)) as parts:
+            for chunk in parts:
+                with naming(file.path):
                     out.write(chunk)
                 progress(len(chunk))
-        with _naming(file.path):
+        with naming(file.path):
             out.flush()
             os.fsync(out.fileno())
             out.close()
@@ -228,20 +239,33 @@ def _write_file(plan: GGUFPlan, file: _File, threads: int, progress: Progress) -
             out.close()
 
 
-def _chunks(plan: GGUFPlan, threads: int) -> Generator[bytes | memoryview, None, None]:
-    """The bytes of the file in order, with at most two blocks a thread loaded or waiting to be written."""
-    yield _header(plan)
+def chunks(
+    tensors: Sequence[TensorPlan], threads: int | None = None, on_stop: Callable[[], None] | None = None
+) -> Generator[bytes | memoryview, None, None]:
+    """The bytes of tensors in order, with at most two blocks a thread loaded or waiting to be written.
+
+    Args:
+        tensors: As they follow each other in the file; each is padded.
+        threads: Threads that load and quantize; None for one a processor.
+        on_stop: Called when the threads have to end early, before they are waited for: loaders that wait for something
+            must then raise.
+    """
+    threads = threads or _processors()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     waiting: deque[tuple[Future[NDArray[np.uint8]], int]] = deque()
     try:
-        for tensor, start, stop in _blocks(plan.tensors):
+        for tensor, start, stop in _blocks(tensors):
             size = _tensor_size(tensor)
-            padding = _padded(size) - size if stop == tensor.n_rows else 0
+            padding = padded_size(tensor) - size if stop == tensor.n_rows else 0
             waiting.append((pool.submit(encode, tensor, start, stop), padding))
             if len(waiting) >= 2 * threads:
                 yield from _finished(*waiting.popleft())
         while waiting:
             yield from _finished(*waiting.popleft())
+    except BaseException:
+        if on_stop:
+            on_stop()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -259,7 +283,7 @@ def _blocks(tensors: Sequence[TensorPlan]) -> Iterator[tuple[TensorPlan, int, in
             yield tensor, start, min(start + step, tensor.n_rows)
 
 
-def _header(plan: GGUFPlan) -> bytes:
+def header(plan: GGUFPlan) -> bytes:
     """All before the tensor data, padded."""
     parts = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(plan.tensors), len(plan.metadata))]
     for entry in plan.metadata:
@@ -268,7 +292,7 @@ def _header(plan: GGUFPlan) -> bytes:
     for tensor in plan.tensors:
         dims = tensor.shape[::-1]
         parts += (_string(tensor.name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type, offset))
-        offset += _padded(_tensor_size(tensor))
+        offset += padded_size(tensor)
     data = b"".join(parts)
     return data + bytes(_padded(len(data)) - len(data))
 
@@ -290,6 +314,11 @@ def _string(value: str | bytes) -> bytes:
     # Bytes of a GGUF's string that are not UTF-8 are read as surrogates (`gguf_file`), and are the same bytes again.
     data = value.encode(errors="surrogateescape") if isinstance(value, str) else value
     return struct.pack("<Q", len(data)) + data
+
+
+def padded_size(tensor: TensorPlan) -> int:
+    """Bytes that a tensor takes up in the file."""
+    return _padded(_tensor_size(tensor))
 
 
 def _tensor_size(tensor: TensorPlan) -> int:
@@ -331,7 +360,7 @@ def _check_absent(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Makes the system's errors one line that names the output, not the temporary file."""
     try:
         yield

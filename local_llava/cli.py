@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from local_llava.commands import ask, chat, console, convert, inspect, models
+from local_llava.commands import ask, chat, console, convert, inspect, models, repair
 from local_llava.errors import LocalLlavaError, UsageError
 
 app = typer.Typer(
@@ -98,6 +98,8 @@ app.command()(chat.chat)
 app.command()(convert.convert)
 app.command()(convert.quantize)
 app.command()(inspect.inspect)
+app.command()(repair.repair)
+app.command()(repair.export_ollama)
 app.command()(models.models)
 app.command()(models.ls)
 app.command()(models.rm)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from local_llava import anyres, hub, memory, prompt
 from local_llava.chat import ChatFormat, Slot
 from local_llava.conversation import Conversation, Images, as_list, as_messages
+from local_llava.corrections import corrected
 from local_llava.errors import EngineError, ModelFileError, UsageError
 from local_llava.generation import Context, Picture, Progress, Request
 from local_llava.gguf_file import GGUFFile
@@ -97,7 +98,7 @@ class Llava:
         if settings.json_schema is not None:
             compile_schema(settings.json_schema)
         files = hub.resolve(model, mmproj)
-        gguf, mmproj_gguf = GGUFFile.open(files.model), GGUFFile.open(files.mmproj)
+        gguf, mmproj_gguf = (corrected(GGUFFile.open(path)).gguf for path in (files.model, files.mmproj))
         llm_config, tower_config = check_llm(gguf), check_mmproj(mmproj_gguf)
         check_pair(llm_config, files.mmproj, tower_config.n_out)
         hub.check_pair_ids(gguf, mmproj_gguf)

@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +38,7 @@ MAX_NAME = 63
 
 _CHUNK = 1 << 20
 
-_SCALARS = {
+SCALARS = {
     0: ("u8", "B"),
     1: ("i8", "b"),
     2: ("u16", "H"),
@@ -52,7 +52,7 @@ _SCALARS = {
     12: ("f64", "d"),
 }
 """GGUF value type -> name and `struct` code. 8 is a string, 9 an array."""
-_STRING, _ARRAY = 8, 9
+STRING, ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ class GGUFFile:
     """Type of each metadata value as stored, "u32", "str", "arr[i32]", ...: llama.cpp takes only the exact one."""
     tensors: Mapping[str, TensorInfo]
     """In the order of the file."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Entries that differ from the file on the disk (`corrections`): llama.cpp, which reads that, is told them."""
 
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
@@ -323,9 +325,9 @@ class _Reader:
 
     def value(self, key: str) -> tuple[Any, str]:
         kind: int = self.number("I", key)
-        if kind == _STRING:
+        if kind == STRING:
             return self.string(key), "str"
-        if kind != _ARRAY:
+        if kind != ARRAY:
             name, code = self.scalar(kind, key)
             return self.number(code, key), name
         item: int = self.number("I", key)
@@ -333,7 +335,7 @@ class _Reader:
         if n > self.items_left:
             raise self.error(f"metadata {key} is an array of {n} items; at most {MAX_ITEMS} in all arrays are accepted")
         self.items_left -= n
-        if item == _STRING:
+        if item == STRING:
             return self.strings(n, key), "arr[str]"
         name, code = self.scalar(item, key)
         form = struct.Struct(f"<{n}{code}")
@@ -343,10 +345,10 @@ class _Reader:
         return values, f"arr[{name}]"
 
     def scalar(self, kind: int, key: str) -> tuple[str, str]:
-        if kind not in _SCALARS:
-            what = "an array of arrays" if kind == _ARRAY else f"of the unknown type {kind}"
+        if kind not in SCALARS:
+            what = "an array of arrays" if kind == ARRAY else f"of the unknown type {kind}"
             raise self.error(f"metadata {key} is {what}; numbers, booleans, texts and arrays of them are accepted")
-        return _SCALARS[kind]
+        return SCALARS[kind]
 
     def read_tensors(self, n: int, alignment: int) -> dict[str, TensorInfo]:
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from local_llava import hub_cache, model_list, store
+from local_llava.corrections import architecture
 from local_llava.errors import ModelFileError, UsageError
 from local_llava.gguf_file import GGUFFile
 from local_llava.model_list import ModelEntry
@@ -116,8 +117,10 @@ def converted(
         OutputError: The result cannot be kept.
     """
     from local_llava.convert import prepare
+    from local_llava.convert.families import open_checkpoint
 
-    digest = store.source_digest(checkpoint)
+    outside = [part.directory for part in open_checkpoint(checkpoint).outside]
+    digest = store.source_digest(checkpoint, *outside)
     key = store.key_of(_CONVERSION, digest, quant, mmproj_quant)
     pair = store.get(key)
     if pair is not None:
@@ -264,7 +267,7 @@ def _quant_of(path: Path) -> str:
 
 def _kind(path: Path) -> str:
     """The `general.architecture` of a GGUF."""
-    return str(GGUFFile.open(path).metadata.get("general.architecture"))
+    return str(architecture(GGUFFile.open(path)))
 
 
 def _by_kind(directory: Path) -> tuple[list[Path], list[Path]]:

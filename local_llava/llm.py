@@ -9,6 +9,7 @@ import ctypes
 import functools
 import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava import ggml
+from local_llava.corrections import open_model
 from local_llava.detokenizer import ByteLevelDetokenizer, Detokenizer, SentencePieceDetokenizer
 from local_llava.errors import EngineError, PromptError
 from local_llava.gguf_file import GGUFFile
 from local_llava.llm_file import LLMConfig, check_llm
-from local_llava.llm_vocab import CONTROL, UNKNOWN, USER_DEFINED, is_mark
+from local_llava.llm_vocab import CONTROL, QWEN2_PRE, special_tokens
 from local_llava.schema.constraint import Vocabulary
 from local_llava.sentencepiece import SentencePiece, TextRun
 from local_llava.types import KVType, Options
@@ -62,7 +64,7 @@ class LLM:
     """A language model with one context. One thread at a time may use it.
 
     Attributes:
-        gguf: The file's header.
+        gguf: The file's header, corrected.
         config: The model's sizes and vocabulary.
         n_ctx: Tokens that the context holds.
         n_past: Tokens that it holds now.
@@ -73,9 +75,11 @@ class LLM:
         self, gguf: GGUFFile, config: LLMConfig, model: int, context: int, n_ctx: int, stack: ExitStack
     ) -> None:
         """Use `load`."""
-        self.gguf, self.config, self.specials = gguf, config, _specials(gguf)
+        self.gguf, self.config, self.specials = gguf, config, special_tokens(gguf)
         self._model, self._context, self._stack = model, context, stack
         self._vocab = c.llama_model_get_vocab(model)
+        types = gguf.metadata["tokenizer.ggml.token_type"]
+        self._control = {i for i in self.specials.values() if types[i] == CONTROL}
         self.n_ctx = n_ctx  # llama.cpp rounds it up to a multiple of 256
         self.n_past = 0
 
@@ -92,7 +96,7 @@ class LLM:
         """Load a language model.
 
         Args:
-            path: A GGUF that `check_llm` accepts.
+            path: A GGUF that `check_llm` accepts, after `corrections`.
             n_ctx: Context length in tokens, at most what the model was trained for.
             kv_type: Type of the KV cache.
             n_threads: CPU threads; None for as many as the process may run on.
@@ -102,7 +106,7 @@ class LLM:
             ModelFileError: The file cannot be used; the message names the field or tensor.
             EngineError: llama.cpp failed, mostly for lack of memory.
         """
-        gguf = GGUFFile.open(path)
+        gguf = open_model(path)
         config = check_llm(gguf)
         c.llama_log_set(_log_callback, ctypes.c_void_p(0))
         c.llama_backend_init()
@@ -130,6 +134,8 @@ class LLM:
         return [token for piece in run.pieces for token in self._tokenize(piece)]
 
     def _tokenize(self, text: str) -> list[int]:
+        if self.config.vocab.pre == QWEN2_PRE:
+            text = unicodedata.normalize("NFC", text)
         raw = text.encode()
         room = len(raw) + 8
         tokens = (c.llama_token * room)()
@@ -147,6 +153,8 @@ class LLM:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The text of a token; of control tokens only if `special`."""
+        if not special and token in self._control:
+            return b""  # llama.cpp goes by the file, where some are no control tokens
         room = 256
         while True:
             buffer = ctypes.create_string_buffer(room)
@@ -272,20 +280,32 @@ def _load_model(config: LLMConfig, n_gpu_layers: int) -> int:
 
 
 def _kv_overrides(config: LLMConfig) -> Any:
-    """Metadata in place of what the file lacks; the list ends with an empty key."""
-    if not config.overrides:
+    """Metadata in place of what the file says; the list ends with an empty key."""
+    fitting = {key: value for key, value in config.overrides.items() if _fits(key, value)}
+    if not fitting:
         return None
-    array = (c.llama_model_kv_override * (len(config.overrides) + 1))()
-    for entry, (key, value) in zip(array, config.overrides.items(), strict=False):
+    array = (c.llama_model_kv_override * (len(fitting) + 1))()
+    for entry, (key, value) in zip(array, fitting.items(), strict=False):
         entry.key = key.encode()
         if isinstance(value, str):
             entry.tag = c.LLAMA_KV_OVERRIDE_TYPE_STR
-            entry.value.val_str = value.encode()
-        else:
+            entry.value.val_str = value.encode(errors="surrogateescape")
+        elif isinstance(value, bool):
+            entry.tag = c.LLAMA_KV_OVERRIDE_TYPE_BOOL
+            entry.value.val_bool = value
+        elif isinstance(value, int):
             entry.tag = c.LLAMA_KV_OVERRIDE_TYPE_INT
             entry.value.val_i64 = value
-        log.info("%s: %s is missing, taken as %r", config.path.name, key, value)
+        else:
+            entry.tag = c.LLAMA_KV_OVERRIDE_TYPE_FLOAT
+            entry.value.val_f64 = value
     return array
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether an override can hold an entry. The others are not llama.cpp's: the chat template, and keys of our own."""
+    short = not isinstance(value, str) or len(value.encode(errors="surrogateescape")) < 128
+    return len(key.encode()) < 128 and short and isinstance(value, (str, bool, int, float))
 
 
 def _new_context(config: LLMConfig, model: int, n_ctx: int, kv_type: int, n_threads: int) -> int:
@@ -304,15 +324,3 @@ def _new_context(config: LLMConfig, model: int, n_ctx: int, kv_type: int, n_thre
     if not context:
         raise EngineError(f"{config.path}: no context of {n_ctx} tokens: {_first_error or 'no reason given'}")
     return int(context)
-
-
-def _specials(gguf: GGUFFile) -> dict[str, int]:
-    """Tokens that text must not turn into. llama.cpp matches user-defined ones in any text; of those only the ones that
-    look like marks are meant, since some vocabularies define runs of spaces so."""
-    types = gguf.metadata.get("tokenizer.ggml.token_type")
-    if types is None:
-        return {}
-    marks = np.flatnonzero(np.isin(np.asarray(types), (CONTROL, UNKNOWN, USER_DEFINED)))
-    tokens = gguf.metadata["tokenizer.ggml.tokens"]
-    found = {tokens[i]: int(i) for i in marks.tolist()}
-    return {text: i for text, i in found.items() if types[i] != USER_DEFINED or is_mark(text)}

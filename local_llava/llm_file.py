@@ -78,7 +78,7 @@ _F32 = frozenset({0})
 _MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS; more abort."""
 
-_NUMBERS: dict[str, tuple[str, bool, float, float]] = {
+NUMBERS: dict[str, tuple[str, bool, float, float]] = {
     # key after the architecture -> type, required, lowest, highest
     "context_length": ("u32", True, 1, 1 << 27),
     "embedding_length": ("u32", True, 1, 1 << 17),
@@ -244,9 +244,9 @@ def _check_architecture(gguf: GGUFFile) -> str:
 
 
 def _check_numbers(gguf: GGUFFile, architecture: str) -> dict[str, Any]:
-    """Values of `_NUMBERS` that the file has, by the key without the architecture."""
+    """Values of `NUMBERS` that the file has, by the key without the architecture."""
     values = {}
-    for name, (kind, required, low, high) in _NUMBERS.items():
+    for name, (kind, required, low, high) in NUMBERS.items():
         key = f"{architecture}.{name}"
         _check_type(gguf, key, kind, required)
         if key not in gguf.metadata:

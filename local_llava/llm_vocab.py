@@ -3,7 +3,8 @@
 Knows what `llama_vocab::impl::load` and the tokenizers behind it assume (src/llama-vocab.cpp of llama.cpp in
 llama-cpp-python 0.3.36): it aborts on repeated tokens, and on text for which a SentencePiece vocabulary has no byte; it
 goes on with wrong ids, a guessed pre-tokenizer or dropped text in other cases. Knows our own keys as well, which say
-what GGUF has no key for. Does not know the model's tensors.
+what GGUF has no key for. Does not know the model's tensors, nor what published files get wrong: `corrections` puts that
+right before.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from local_llava.default_chats import default_chat
 from local_llava.errors import ModelFileError
 from local_llava.gguf_file import GGUFFile
 
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 """Names that llama.cpp has for Llama-3's pre-tokenizer."""
 
+QWEN2_PRE = "qwen2"
+"""Its tokenizer also normalizes text to NFC, which llama.cpp leaves to others."""
+
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn of a chat, by text: Llama 3, ChatML, Phi 3, Gemma."""
 
-_LLAMA3_MARKS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask")
 
-_TYPES = {
+OPTIONAL_TYPES = {
     "general.name": "str",
     "tokenizer.ggml.pre": "str",
     "tokenizer.chat_template": "str",
@@ -35,6 +39,7 @@ _TYPES = {
     "tokenizer.ggml.add_space_prefix": "bool",
     "tokenizer.ggml.remove_extra_whitespaces": "bool",
     "tokenizer.ggml.suppress_tokens": "arr[i32]",
+    **{f"tokenizer.ggml.{name}_token_id": "u32" for name in _SPECIAL_IDS},
 }
 """Optional entries: llama.cpp refuses to load a file in which one has another type."""
 
@@ -55,7 +60,8 @@ NORMALIZED_KEY = "local_llava.tokenizer.normalized_tokens"
 tokens that swallow white space before or after them, and of those that are looked for in text with its prefix.
 Files of other tools lack them."""
 
-_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+"""Those that llama.cpp takes for granted in a model that is named Phi 3."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,14 @@ class Vocab:
     model: str
     """"gpt2" (byte-level BPE) or "llama" (SentencePiece)."""
     bos: int
+    """-1 where there is none: then no text begins with one."""
     eos: int
     eot: int | None
-    """End of a chat's turn, where the vocabulary has one."""
+    """End of a chat's turn, where that is not `eos`."""
     add_bos: bool
     chat_template: str | None
-    """The file's, or the one that models of its kind were trained with."""
+    pre: str = LLAMA3_PRE[0]
+    """Name of the pre-tokenizer: one of `LLAMA3_PRE` or `QWEN2_PRE`; of no account in SentencePiece."""
     space_prefix: str = "never"
     """Of SentencePiece: one of `SPACE_PREFIXES`."""
     strip_space: bool = False
@@ -82,8 +90,8 @@ class Vocab:
     """Tokens that swallow the white space after them."""
     normalized: frozenset[int] = frozenset()
     """User-defined tokens that are looked for in text with its prefix, after all others."""
-    overrides: Mapping[str, str | int] = field(default_factory=dict)
-    """Metadata to give llama.cpp in place of what the file lacks (`kv_overrides`)."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata to give llama.cpp in place of what the file says (`kv_overrides`)."""
 
 
 def check_vocab(gguf: GGUFFile) -> Vocab:
@@ -99,7 +107,7 @@ def check_vocab(gguf: GGUFFile) -> Vocab:
         raise checks.error(
             "tokenizer.ggml.model", f"is {model[:40]!a}; supported are gpt2 (byte-level BPE) and llama (SentencePiece)"
         )
-    for key, kind in _TYPES.items():
+    for key, kind in OPTIONAL_TYPES.items():
         checks.typed(key, kind)
     tokens = checks.tokens()
     checks.token_types(tokens)
@@ -110,30 +118,41 @@ def check_vocab(gguf: GGUFFile) -> Vocab:
     else:
         checks.bytes_of_sentencepiece(tokens)
     checks.name(tokens)
-    overrides: dict[str, str | int] = checks.pre_tokenizer(tokens) if model == "gpt2" else {}
-    ids = checks.special_ids(len(tokens))
-    bos, eos = ids["tokenizer.ggml.bos_token_id"], ids["tokenizer.ggml.eos_token_id"]
-    eot = ids.get("tokenizer.ggml.eot_token_id")
-    if eot is None:
-        # Files of before mid-2024 name no end of turn; without it the model never stops talking.
-        eot = next((tokens[text] for text in END_OF_TURN if text in tokens), None)
-        if eot is not None:
-            overrides["tokenizer.ggml.eot_token_id"] = eot
+    pre = checks.pre_tokenizer(model)
+    # llama.cpp's defaults.
+    add_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre != QWEN2_PRE)
+    ids = checks.special_ids(len(tokens), add_bos)
     return Vocab(
         n_vocab=len(tokens),
         model=model,
-        bos=bos,
-        eos=eos,
-        eot=eot,
-        add_bos=gguf.metadata.get("tokenizer.ggml.add_bos_token", True),
-        chat_template=gguf.metadata.get("tokenizer.chat_template", default_chat(model, tokens)),
+        bos=ids.get("bos", -1),
+        eos=ids["eos"],
+        eot=ids.get("eot"),
+        add_bos=add_bos,
+        chat_template=gguf.metadata.get("tokenizer.chat_template"),
+        pre=pre,
         space_prefix=checks.space_prefix(),
         strip_space=gguf.metadata.get(STRIP_SPACE_KEY, adds_space(checks.space_prefix())),
         lstrip=checks.token_set(LSTRIP_KEY, len(tokens)),
-        rstrip=checks.token_set(RSTRIP_KEY, len(tokens)) or checks.rstrip_of_phi3(tokens),
+        rstrip=checks.token_set(RSTRIP_KEY, len(tokens)),
         normalized=checks.token_set(NORMALIZED_KEY, len(tokens)),
-        overrides=overrides,
+        overrides=gguf.overrides,
     )
+
+
+def special_tokens(gguf: GGUFFile) -> dict[str, int]:
+    """Text -> id of the tokens that text must not turn into.
+
+    llama.cpp matches user-defined ones in any text; of those only the ones that look like marks are meant, since some
+    vocabularies define runs of spaces so.
+    """
+    tokens: list[str] = gguf.metadata["tokenizer.ggml.tokens"]
+    types: list[int] = gguf.metadata.get("tokenizer.ggml.token_type", [])
+    return {
+        text: i
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind in (CONTROL, UNKNOWN) or (kind == USER_DEFINED and is_mark(text))
+    }
 
 
 def adds_space(space_prefix: str) -> bool:
@@ -144,6 +163,12 @@ def adds_space(space_prefix: str) -> bool:
 def is_mark(text: str) -> bool:
     """Whether a user-defined token looks like one that only a chat template may write; some are runs of spaces."""
     return text[:1] + text[-1:] in ("<>", "[]") and len(text) > 2
+
+
+def is_named_phi3(metadata: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp takes a model for a Phi 3, whose marks swallow the white space after them."""
+    name = metadata.get("general.name")
+    return isinstance(name, str) and any(part in name.lower() for part in ("phi-3", "phi3"))
 
 
 class _Checks:
@@ -230,24 +255,12 @@ class _Checks:
     def name(self, tokens: Mapping[str, int]) -> None:
         """llama.cpp gives the special tokens of a model that is *named* Phi 3 other rules, and needs these to do so."""
         name = self.metadata.get("general.name", "")
-        if self.is_named_phi3():
-            missing = [text for text in _PHI3_TOKENS if text not in tokens]
+        if is_named_phi3(self.metadata):
+            missing = [text for text in PHI3_TOKENS if text not in tokens]
             if missing:
                 raise self.error(
                     "general.name", f"is {name[:40]!a}, but the vocabulary has no {missing[0]}, as Phi 3's has"
                 )
-
-    def is_named_phi3(self) -> bool:
-        return any(part in self.metadata.get("general.name", "").lower() for part in ("phi-3", "phi3"))
-
-    def rstrip_of_phi3(self, tokens: Mapping[str, int]) -> frozenset[int]:
-        """Tokens that swallow the white space after them in a Phi 3, by llama.cpp's rule: GGUF has no key for it."""
-        if not self.is_named_phi3():
-            return frozenset()
-        kinds = self.metadata["tokenizer.ggml.token_type"]
-        plain = {tokens[text] for text in _PHI3_TOKENS if text != "</s>"}
-        marks = {i for text, i in tokens.items() if kinds[i] == CONTROL or (kinds[i] == USER_DEFINED and is_mark(text))}
-        return frozenset(marks - plain)
 
     def space_prefix(self) -> str:
         self.typed(SPACE_PREFIX_KEY, "str")
@@ -267,26 +280,24 @@ class _Checks:
             raise self.error(key, f"has the token {max(ids)}, but the vocabulary has {n} tokens")
         return frozenset(ids)
 
-    def pre_tokenizer(self, tokens: Mapping[str, int]) -> dict[str, str | int]:
+    def pre_tokenizer(self, model: str) -> str:
         key = "tokenizer.ggml.pre"
-        pre = self.metadata.get(key, "default")
-        if pre in LLAMA3_PRE:
-            return {}
-        if pre == "default" and all(mark in tokens for mark in _LLAMA3_MARKS):
-            # Files of before May 2024 do not name it, and llama.cpp then splits text like none of its models does.
-            return {key: LLAMA3_PRE[0]}
-        raise self.error(key, f"is {pre[:40]!a}; supported is llama-bpe (Llama 3)")
+        pre: str = self.metadata.get(key, "default")
+        if model == "gpt2" and pre not in (*LLAMA3_PRE, QWEN2_PRE):
+            raise self.error(key, f"is {pre[:40]!a}; supported are llama-bpe (Llama 3) and {QWEN2_PRE}")
+        return pre
 
-    def special_ids(self, n: int) -> dict[str, int]:
-        """Special token ids by key. BOS and EOS must be there: in place of one llama.cpp takes 11, Llama 3's comma."""
+    def special_ids(self, n: int, add_bos: bool) -> dict[str, int]:
+        """Special token ids by name. EOS must be there: in place of one llama.cpp takes 11, Llama 3's comma. So must
+        BOS, but where no text begins with one, llama.cpp asks for it nowhere."""
         ids = {}
-        for name in ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask"):
+        for name in _SPECIAL_IDS:
             key = f"tokenizer.ggml.{name}_token_id"
-            self.typed(key, "u32", required=name in ("bos", "eos"))
+            self.typed(key, "u32", required=name == "eos" or (name == "bos" and add_bos))
             if key in self.metadata:
                 if self.metadata[key] >= n:
                     raise self.error(key, f"is {self.metadata[key]}, but the vocabulary has {n} tokens")
-                ids[key] = self.metadata[key]
+                ids[name] = self.metadata[key]
         return ids
 
 

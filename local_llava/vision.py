@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava import ggml, ggml_rows
+from local_llava.corrections import open_model
 from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile, TensorInfo
 from local_llava.mmproj import NEWLINE, TowerConfig, check_mmproj, ffn_names
@@ -104,7 +105,7 @@ class VisionTower:
             ModelFileError: The file cannot be read or used; the message names the field or tensor.
             EngineError: The device has no memory for it, or ggml failed.
         """
-        gguf = GGUFFile.open(path)
+        gguf = open_model(path)
         config = check_mmproj(gguf)
         with ExitStack() as stack:
             backends = _open_backends(use_gpu, n_threads, stack)

@@ -21,6 +21,8 @@ from gguf_bytes import Tensor, TinyLLM, entry, gguf, header, text, tiny_sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from local_llava.corrections import corrected
+from local_llava.default_chats import LLAMA3_CHAT
 from local_llava.errors import ModelFileError
 from local_llava.gguf_file import TYPES, GGUFFile, what_is
 from local_llava.llm_file import check_llm, check_pair
@@ -280,9 +282,12 @@ def test_published_files_of_before_may_2024_are_put_right(tmp_path: Path) -> Non
     model = TinyLLM()
     for key in ("tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id"):
         del model.entries[key]
-    config = check_llm(GGUFFile.open(write(tmp_path, model.bytes)))
-    assert config.overrides == {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.eot_token_id": 263}
-    assert config.vocab.eot == 263
+    path = write(tmp_path, model.bytes)
+    assert refusal(lambda: check(path), path).startswith("tokenizer.ggml.pre is 'default'")
+    config = check_llm(corrected(GGUFFile.open(path)).gguf)
+    added = {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.eot_token_id": 263}
+    assert added.items() <= config.overrides.items()
+    assert (config.vocab.eot, config.vocab.pre, config.vocab.chat_template) == (263, "llama-bpe", LLAMA3_CHAT)
 
 
 TOKENS = TinyLLM().entries["tokenizer.ggml.tokens"][1]
@@ -291,7 +296,7 @@ BAD_ENTRIES: list[tuple[str, str, Any, str]] = [
     ("general.architecture", "", None, "is missing"),
     ("general.architecture", "u32", 1, "is stored as u32; it must be str"),
     ("general.architecture", "str", "clip", "is clip: this is the mmproj; give the language model's GGUF"),
-    ("general.architecture", "str", "qwen2", "is 'qwen2'; supported: llama"),
+    ("general.architecture", "str", "mamba", "is 'mamba'; supported: llama"),
     ("general.type", "str", "adapter", "is 'adapter': it is no model"),
     ("general.type", "str", "x" * 5000, "is 'xxx"),
     ("general.name", "str", "Phi-3-mini", "is 'Phi-3-mini', but the vocabulary has no </s>"),
@@ -322,7 +327,7 @@ BAD_ENTRIES: list[tuple[str, str, Any, str]] = [
     ("tokenizer.ggml.model", "str", "rwkv", "is 'rwkv'; supported are gpt2"),
     ("tokenizer.ggml.model", "str", "x" * 5000, "is 'xxxx"),
     ("tokenizer.ggml.model", "str", "no_vocab", "is 'no_vocab'; supported are gpt2"),
-    ("tokenizer.ggml.pre", "str", "tekken", "is 'tekken'; supported is llama-bpe"),
+    ("tokenizer.ggml.pre", "str", "tekken", "is 'tekken'; supported are llama-bpe (Llama 3) and qwen2"),
     ("tokenizer.ggml.tokens", "", None, "is missing"),
     ("tokenizer.ggml.tokens", "arr[u32]", [1], "is stored as arr[u32]"),
     ("tokenizer.ggml.tokens", "arr[str]", [], "has 0 tokens"),

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 
 import pytest
 from huggingface_hub import constants
+from llava_checkpoints import random_model
+from official_checkpoints import save_clip, save_official
 
 from local_llava import hub, hub_cache, store
 from local_llava.convert import convert
@@ -174,7 +176,7 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(checkpoint: Path, 
     (checkpoint / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         hub.resolve(checkpoint)
-    assert store.leftovers() == [] and list((home / "pairs").iterdir()) == []
+    assert store.leftovers() == [] and list(home.glob("pairs/*")) == []
 
 
 RESOLVE = """
@@ -488,3 +490,15 @@ def test_a_damaged_store_is_no_traceback(run: Run, gguf: ModelFiles, home: Path)
 def test_errors_of_the_library_are_one_line() -> None:
     with pytest.raises(ModelFileError):
         hub.resolve("llava-1.5-7b")
+
+
+def test_another_tower_beside_a_checkpoint_is_another_conversion(tmp_path: Path, home: Path) -> None:
+    model = random_model()
+    save_official(model, tmp_path / "llava", tower=False)
+    save_clip(model, tmp_path / "clip-vit-tiny")
+    first = hub.resolve(tmp_path / "llava")
+    assert hub.resolve(tmp_path / "llava") == first
+    shutil.rmtree(tmp_path / "clip-vit-tiny")
+    save_clip(random_model(seed=1), tmp_path / "clip-vit-tiny")
+    second = hub.resolve(tmp_path / "llava")
+    assert second.mmproj.read_bytes() != first.mmproj.read_bytes()

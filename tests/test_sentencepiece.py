@@ -19,6 +19,7 @@ from vocabularies import SENTENCES, Vocab, fuzz, write_fields
 
 from local_llava.convert.plan import Field
 from local_llava.convert.tokenizer import Tokenizer, read_tokenizer
+from local_llava.corrections import corrected
 from local_llava.default_chats import PHI3_CHAT, VICUNA_CHAT
 from local_llava.detokenizer import ByteLevelDetokenizer, SentencePieceDetokenizer
 from local_llava.gguf_file import GGUFFile
@@ -145,7 +146,7 @@ def test_white_space_around_tokens_that_swallow_it(tmp_path: Path) -> None:
 
 
 def published(tokenizer: Tokenizer, path: Path, name: str = "llama-2") -> GGUFFile:
-    """A file as llama.cpp's converter makes it of a tokenizer.model: its scores, no merges, none of our keys.
+    """A file as llama.cpp's converter makes it of a tokenizer.model, corrected: its scores, no merges, no template.
 
     Runs of spaces have all the same score there.
     """
@@ -154,7 +155,7 @@ def published(tokenizer: Tokenizer, path: Path, name: str = "llama-2") -> GGUFFi
     )
     plain = replace(tokenizer, scores=scores, merges=(), space_prefix=None)
     fields = [f for f in plain.fields() if f.key != "tokenizer.chat_template"]
-    return write_fields([Field("general.name", name, GGUFValueType.STRING), *fields], path)
+    return corrected(write_fields([Field("general.name", name, GGUFValueType.STRING), *fields], path)).gguf
 
 
 @pytest.mark.parametrize("form", ["Llama 2", "Mistral"])

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava.convert.checkpoint import Checkpoint, ReadWeights, check_directory
-from local_llava.convert.companions import LLM, NO_COMPANIONS, TOWER, Companions, refuse
+from local_llava.convert.companions import LLM, NO_COMPANIONS, TOWER, Companions, Outside, refuse
 from local_llava.convert.config import Config, read_json
 from local_llava.convert.families import strangers
 from local_llava.convert.plan import Field, Load
@@ -76,8 +76,10 @@ class Parts:
     """Of LLaVA-NeXT: the resolutions that pictures are cut into tiles from, height and width."""
     unknown: Sequence[str] = ()
     """Names of tensors that belong to no part."""
+    outside: Sequence[Outside] = ()
+    """The parts that come from elsewhere."""
     notes: Sequence[str] = ()
-    """What the user may not expect, one line each: which parts come from outside the checkpoint."""
+    """What else the user may not expect, one line each."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def whole_decoder(architecture: str, c: LlamaConfig, table: list[Row], *entries:
     notes: tuple[str, ...] = ()
     if c.n_ctx < c.n_ctx_train:
         notes = (
-            f"contexts of up to {c.n_ctx} of {c.n_ctx_train} tokens are offered: in longer ones llama.cpp, which has no "
+            f"contexts of up to {c.n_ctx} of {c.n_ctx_train} tokens are offered: in longer ones llama.cpp, with no "
             "sliding window and one set of rope factors here, differs from the model",
         )
     sizes = (c.n_vocab, c.n_embd, c.n_layer, c.n_head, c.n_head_kv)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from local_llava.convert.checkpoint import Checkpoint, ReadWeights
-from local_llava.convert.companions import LLM, TOWER, Companions, find, find_known, refuse
+from local_llava.convert.companions import LLM, TOWER, Companions, Outside, find, find_known, refuse
 from local_llava.convert.config import Config, read_json
 from local_llava.convert.families import Parts, Strategy, outside
 from local_llava.convert.families.llava import DEFAULT_VISION, read_grid, require, sort_tensors
@@ -58,7 +58,7 @@ class _Source:
 
     checkpoint: Checkpoint
     tokenizer: Path
-    notes: tuple[str, ...] = ()
+    outside: tuple[Outside, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class _Tower:
     config: Config
     tensors: Mapping[str, SourceTensor]
     processor: Path | None
+    outside: tuple[Outside, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -109,7 +110,8 @@ def take_apart(directory: Path, companions: Companions, read: ReadWeights, model
         mode="pad" if config.values.get("image_aspect_ratio") == "pad" else None,
         grid=grid,
         unknown=unknown,
-        notes=(*source.notes, *tower.notes),
+        outside=(*source.outside, *tower.outside),
+        notes=tower.notes,
     )
 
 
@@ -159,8 +161,8 @@ def _source(directory: Path, config: Config, companions: Companions, read: ReadW
         tensors = LoraAdapter.open(directory, read).apply(tensors)
     for name, tensor in read_pickle(directory / (PROJECTOR if where is config else LORA)).items():
         tensors[_official_name(name)] = tensor
-    note = f"the language model is not in the checkpoint; taken from {base}"
-    return _Source(Checkpoint(directory, config.values, tensors), outside.find_tokenizer(directory, base), (note,))
+    tokenizer = outside.find_tokenizer(directory, base)
+    return _Source(Checkpoint(directory, config.values, tensors), tokenizer, (Outside(LLM, base),))
 
 
 def _has_only_the_projector(directory: Path) -> bool:
@@ -188,11 +190,13 @@ def _tower(config: Config, inside: Mapping[str, SourceTensor], companions: Compa
         )
     found = find(TOWER, named, known, directory, config.name(key))
     vision, tensors = outside.read_tower(found, read)
-    notes = [f"the vision tower is not in the checkpoint; taken from {found}"]
-    if tuned:
-        notes.append("config.json says that the vision tower was tuned: only that very one gives right answers")
+    note = "config.json says that the vision tower was tuned: only that very one gives right answers"
     return _Tower(
-        vision, outside.without_prefix(tensors), outside.find_processor(vision, found, directory), tuple(notes)
+        vision,
+        outside.without_prefix(tensors),
+        outside.find_processor(vision, found, directory),
+        (Outside(TOWER, found),),
+        (note,) if tuned else (),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from local_llava.convert.checkpoint import Checkpoint, ReadWeights
-from local_llava.convert.companions import LLM, TOWER, Companions, Part, find, refuse
+from local_llava.convert.companions import LLM, TOWER, Companions, Outside, Part, find, refuse
 from local_llava.convert.families import Parts, outside
 from local_llava.convert.lora import CONFIG, LoraAdapter
 from local_llava.convert.source import SourceTensor
@@ -61,7 +61,7 @@ class _Whole:
 
     directory: Path
     adapter: LoraAdapter | None = None
-    notes: tuple[str, ...] = ()
+    outside: tuple[Outside, ...] = ()
 
     def adapted(self, tensors: Mapping[str, SourceTensor]) -> Mapping[str, SourceTensor]:
         return tensors if self.adapter is None else self.adapter.apply(tensors)
@@ -126,7 +126,7 @@ def take_apart(directory: Path, companions: Companions, read: ReadWeights) -> Pa
         processor=outside.find_processor(vision, tower.directory, directory),
         mode="pad",  # its training and its chat make every picture square
         unknown=unknown,
-        notes=(*llm.notes, *tower.notes),
+        outside=(*llm.outside, *tower.outside),
     )
 
 
@@ -188,7 +188,7 @@ def _find_whole(layout: _Layout, directory: Path, named: str | None, settings: _
     if known is None and layout.default is not None:
         source, known = str(directory), layout.default
     found = find(part, named, known, directory, source)
-    return _Whole(found, lora, (f"the {part.what} is not in the checkpoint; taken from {found}",))
+    return _Whole(found, lora, (Outside(part, found),))
 
 
 def _inside(directory: Path, layout: _Layout) -> Path | None:
