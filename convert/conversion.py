@@ -159,15 +159,7 @@ def prepare(
     preprocessing = _preprocessing(parts, tower)
     tokenizer = read_tokenizer(parts.tokenizer, decoder.n_vocab, parts.top)
 
-    text_types = tensor_types.llm_types(
-        mix,
-        _named(decoder.rows),
-        n_layer=decoder.n_layer,
-        n_head=decoder.n_head,
-        n_head_kv=decoder.n_head_kv,
-        overrides=overrides,
-        architecture=decoder.architecture,
-    )
+    text_types = decoder_types(mix, decoder, overrides)
     mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower.rows, *tower.projector_rows]))
     shared = [
         *_origin(parts.directory, name),
@@ -209,6 +201,19 @@ def model_name(directory: Path) -> str:
     if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
         name = directory.parent.parent.name.rpartition("--")[2]
     return re.sub(r"-(transformers|hf)$", "", name) or "model"
+
+
+def decoder_types(mix: mixes.Mix, decoder: Decoder, overrides: Overrides = NO_OVERRIDES) -> tensor_types.Assignment:
+    """The type of every tensor of a language model; arguments and errors as of `tensor_types.llm_types`."""
+    return tensor_types.llm_types(
+        mix,
+        _named(decoder.rows),
+        n_layer=decoder.n_layer,
+        n_head=decoder.n_head,
+        n_head_kv=decoder.n_head_kv,
+        overrides=overrides,
+        architecture=decoder.architecture,
+    )
 
 
 def _preprocessing(parts: Parts, tower: Tower) -> Preprocessing:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from local_llava.engine import Llava
     from local_llava.errors import (
         CheckpointError,
+        DownloadError,
         EngineError,
         ImageError,
         LocalLlavaError,
@@ -32,6 +33,7 @@ __version__: str
 _HOMES = {
     "Llava": "engine",
     "CheckpointError": "errors",
+    "DownloadError": "errors",
     "EngineError": "errors",
     "ImageError": "errors",
     "LocalLlavaError": "errors",
@@ -51,6 +53,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "Chunk",
+    "DownloadError",
     "EngineError",
     "ImageError",
     "Llava",

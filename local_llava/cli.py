@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from local_llava.commands import ask, chat, console, convert, inspect, models, repair
+from local_llava.commands import ask, chat, console, convert, inspect, models, pull, repair
 from local_llava.errors import LocalLlavaError, UsageError
 
 app = typer.Typer(
@@ -101,6 +101,7 @@ app.command()(inspect.inspect)
 app.command()(repair.repair)
 app.command()(repair.export_ollama)
 app.command()(models.models)
+app.command()(pull.pull)
 app.command()(models.ls)
 app.command()(models.rm)
 

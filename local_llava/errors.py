@@ -7,6 +7,7 @@
     ├── ImageError             a picture that cannot be read
     ├── PromptError            a conversation that cannot be rendered, or does not fit the context
     ├── OutputError            a file that cannot be written: it exists, no room, no permission
+    ├── DownloadError          what a repository of the Hub does not have, does not give, or gives damaged
     └── EngineError            llama.cpp or ggml reported a failure: no memory, a failed decode
 
 Anything else that escapes is a defect of local-llava.
@@ -41,6 +42,10 @@ class PromptError(LocalLlavaError):
 
 class OutputError(LocalLlavaError):
     """A file cannot be written."""
+
+
+class DownloadError(LocalLlavaError):
+    """Something cannot be had from the Hub: it is not there, not allowed, or does not arrive whole."""
 
 
 class EngineError(LocalLlavaError):

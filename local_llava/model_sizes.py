@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from local_llava import memory
 from local_llava.convert import mixes, tensor_types, write
 from local_llava.convert.config import Config
+from local_llava.convert.conversion import decoder_types
 from local_llava.convert.families import Decoder, Parts, Row
 from local_llava.convert.families.decoders import read_decoder
 from local_llava.convert.families.towers import read_tower
@@ -66,14 +67,7 @@ def size(entry: ModelEntry, quant: str = DEFAULT_QUANT, mmproj_quant: str = DEFA
     parts = _parts(entry)
     decoder = read_decoder(parts.text, parts.tied)
     tower = read_tower(parts, decoder.n_embd)
-    types = tensor_types.llm_types(
-        mix,
-        _named(decoder.rows),
-        n_layer=decoder.n_layer,
-        n_head=decoder.n_head,
-        n_head_kv=decoder.n_head_kv,
-        architecture=decoder.architecture,
-    )
+    types = decoder_types(mix, decoder)
     model = entry.vocabulary_bytes + _bytes(decoder.rows, types)
     tower_rows = [*tower.rows, *tower.projector_rows]
     mmproj = _bytes(tower_rows, tensor_types.mmproj_types(mmproj_mix, _named(tower_rows)))

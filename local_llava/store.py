@@ -309,7 +309,8 @@ def _begin(directory: Path, name: str, resumable: bool) -> None:
         if ours and not (resumable and (directory / _UNFINISHED).is_file() and _unfinished(directory)[1]):
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if not ours and any(directory.iterdir()):
+        # A process that was killed may have come no further than the description's temporary file.
+        if not ours and any(path.name != f".{_UNFINISHED}.partial" for path in directory.iterdir()):
             raise OutputError(f"{directory}: is in the way, and not of local-llava's making: move it away")
     except OSError as e:
         raise OutputError(f"cannot write {directory}: {e.strerror}; LOCAL_LLAVA_HOME names another place") from e

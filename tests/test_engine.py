@@ -356,7 +356,7 @@ def test_too_little_memory_is_told_with_the_numbers(files: ModelFiles, monkeypat
 def test_a_shorter_context_is_chosen_where_the_longest_does_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
     files = convert(save(random_model({"max_position_embeddings": 100_000}), tmp_path / "checkpoint"), tmp_path / "out")
     config = check_llm(GGUFFile.open(files.model))
-    totals = {n: memory.need(config, files, 0, n, Options()).total for n in (2048, 4096, 8192)}
+    totals = {n: memory.need(config, files.sizes, 0, n, Options()).total for n in (2048, 4096, 8192)}
     for n_ctx, total in totals.items():
         monkeypatch.setattr(memory, "available", lambda total=total: total)
         assert memory.choose_n_ctx(config, files, 0, Options()) == n_ctx

@@ -22,6 +22,11 @@ def set_quiet(quiet: bool) -> None:
     _state.quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether the user wants no notes and no progress."""
+    return _state.quiet
+
+
 def note(message: str) -> None:
     """A line on stderr, unless the user wants none."""
     if not _state.quiet:
