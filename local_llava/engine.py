@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import anyres, hub, memory, prompt
+from local_llava import hub, memory, prompt
 from local_llava.chat import ChatFormat, Slot
 from local_llava.conversation import Conversation, Images, as_list, as_messages
 from local_llava.corrections import corrected
@@ -30,6 +30,7 @@ from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mod
 from local_llava.llm import LLM
 from local_llava.llm_file import check_llm, check_pair
 from local_llava.mmproj import check_mmproj
+from local_llava.pictures import anyres
 from local_llava.schema.compiler import compile_schema
 from local_llava.types import Chunk, Message, ModelFiles, Options, Preprocessing, Reply
 from local_llava.vision import VisionTower

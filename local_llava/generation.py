@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava.answer import Answer
-from local_llava.anyres import Arrangement
 from local_llava.chat import Slot
 from local_llava.errors import PromptError
 from local_llava.llm import LLM, N_BATCH
+from local_llava.pictures.anyres import Arrangement
 from local_llava.prompt import Prompt
 from local_llava.schema.constraint import Constraint, Vocabulary
 from local_llava.types import Chunk, Options, Timings

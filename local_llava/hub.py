@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from local_llava import hub_cache, model_list, store
+from local_llava import model_list, store
 from local_llava.corrections import architecture
 from local_llava.errors import ModelFileError, UsageError
 from local_llava.gguf_file import GGUFFile
 from local_llava.model_list import ModelEntry
-from local_llava.origin import Origin, Pair
-from local_llava.store import models_dir
+from local_llava.store import hub_cache, models_dir
+from local_llava.store.origin import Origin, Pair
 from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
 
 __all__ = ["OnConvert", "builtin_checkpoint", "check_pair_ids", "converted", "models_dir", "resolve"]

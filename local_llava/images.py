@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from local_llava import anyres, clipboard
-from local_llava.decode import decode, rgb_of
 from local_llava.errors import ImageError, UsageError
-from local_llava.pixels import MAX_PIXELS, from_array
-from local_llava.sources import read_source
+from local_llava.pictures import anyres, clipboard
+from local_llava.pictures.decode import decode, rgb_of
+from local_llava.pictures.pixels import MAX_PIXELS, from_array
+from local_llava.pictures.sources import read_source
 from local_llava.types import PreprocessChoice, Preprocessing
 
 __all__ = ["ImageLike", "load_image", "preprocess", "preprocess_tiles", "with_mode"]

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from local_llava import anyres, ggml
+from local_llava import ggml
 from local_llava.errors import EngineError, UsageError
 from local_llava.llm import N_BATCH
 from local_llava.llm_file import LLMConfig
 from local_llava.mmproj import TowerConfig
+from local_llava.pictures import anyres
 from local_llava.types import KVType, ModelFiles, Options
 from local_llava.vision import MAX_ACTIVATIONS
 

@@ -22,12 +22,12 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, i
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from local_llava import ImageError, Llava, Message, PromptError, UsageError, generation, memory
-from local_llava.anyres import Arrangement, arrangement, best_resolution, cut, most_tiles, most_tokens
 from local_llava.convert import convert
 from local_llava.gguf_file import GGUFFile
 from local_llava.images import preprocess, preprocess_tiles, with_mode
 from local_llava.llm_file import check_llm
 from local_llava.mmproj import check_mmproj
+from local_llava.pictures.anyres import Arrangement, arrangement, best_resolution, cut, most_tiles, most_tokens
 from local_llava.types import ModelFiles, Options, Preprocessing
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from picture_files import pdf, photo, saved
 
-from local_llava import fetch
 from local_llava.errors import ImageError
 from local_llava.images import load_image
+from local_llava.pictures import fetch
 
 PICTURE = saved(photo(), "PNG")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(PICTURE), PICTURE)

@@ -19,10 +19,11 @@ from huggingface_hub import constants
 from llava_checkpoints import random_model
 from official_checkpoints import save_clip, save_official
 
-from local_llava import hub, hub_cache, store
+from local_llava import hub, store
 from local_llava.convert import convert
 from local_llava.errors import CheckpointError, LocalLlavaError, ModelFileError, UsageError
-from local_llava.origin import Origin, Pair
+from local_llava.store import hub_cache
+from local_llava.store.origin import Origin, Pair
 from local_llava.types import ModelFiles
 
 TINY = Path(__file__).parent.parent / "models" / "tiny-llava"

@@ -25,10 +25,10 @@ from PIL import Image
 from skimage import data
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from local_llava import isolated
 from local_llava.errors import ImageError, ModelFileError, UsageError
-from local_llava.file_checks import check_gif, checked_jpeg
 from local_llava.images import load_image, preprocess, with_mode
+from local_llava.pictures import isolated
+from local_llava.pictures.file_checks import check_gif, checked_jpeg
 from local_llava.types import Preprocessing
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -24,11 +24,12 @@ from official_checkpoints import save_clip, save_official
 from safetensors.torch import load_file
 from xtuner_checkpoints import save_encoder, save_llm, save_projector, save_settings
 
-from local_llava import hub_api, store
+from local_llava import store
 from local_llava.convert import convert, resume
 from local_llava.errors import CheckpointError, DownloadError, LocalLlavaError, ModelFileError, OutputError, UsageError
-from local_llava.pull import prepare_pull
-from local_llava.pull_target import KeptPair, Report
+from local_llava.pull import hub_api
+from local_llava.pull.prepare import prepare_pull
+from local_llava.pull.target import KeptPair, Report
 from local_llava.types import ModelFiles
 
 NAME = "me/tiny-llava-transformers"
@@ -79,7 +80,8 @@ def here(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 DRIVER = """
 import sys
-from local_llava import cli, hub_api
+from local_llava import cli
+from local_llava.pull import hub_api
 from local_llava.convert import resume
 hub_api.RETRY_SECONDS = 0.001
 resume.SYNC_BYTES = 0
@@ -246,7 +248,7 @@ def test_hostile_headers(hub: HubServer, body: bytes, message: str) -> None:
 
 
 def test_long_headers_come_in_two_parts(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("local_llava.arriving._FIRST_BYTES", 100)
+    monkeypatch.setattr("local_llava.pull.arriving._FIRST_BYTES", 100)
     hub.repositories[NAME].faults[WEIGHTS[2]] = Fault(no_range=True)
     assert contents(pull()) == contents(convert(snapshot(tmp_path, hub), tmp_path / "reference"))
 
@@ -376,7 +378,8 @@ def test_low_disk_leaves_the_cache_alone(hub: HubServer, tmp_path: Path) -> None
 KILLER = """
 import os, random, signal
 from pathlib import Path
-from local_llava import download, pull
+from local_llava.pull import download
+from local_llava.pull import prepare as pull
 from local_llava.convert import conversion, resume
 import huggingface_hub.utils, httpx2  # noqa: what is heavy is loaded once, before the forks
 
@@ -644,7 +647,7 @@ LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 def test_a_full_disk_is_one_line_and_what_came_is_kept(options: list[str], hub: HubServer, tmp_path: Path) -> None:
     """A limit on the size of files stands for it: the system refuses to write on."""
     # The header is probed with a sparse file, which is refused as well; so it is read without the limit.
-    before = "from local_llava import arriving as a; f = a.read_shard; n = []\n"
+    before = "from local_llava.pull import arriving as a; f = a.read_shard; n = []\n"
     before += "import resource\ndef limited(*x):\n    s = f(*x); n.append(0)\n"
     before += "    if len(n) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n    return s\n"
     before += "a.read_shard = limited"

@@ -17,9 +17,9 @@ import pytest
 from picture_files import pdf, photo, saved
 from PIL import Image, ImageGrab
 
-from local_llava import clipboard, sources
 from local_llava.errors import ImageError
 from local_llava.images import load_image
+from local_llava.pictures import clipboard, sources
 
 PNG = saved(photo(), "PNG")
 BASE64 = base64.b64encode(PNG).decode()

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from local_llava import source_digest as digests
 from local_llava import store
 from local_llava.errors import CheckpointError, ModelFileError, OutputError
-from local_llava.origin import Origin, Pair
 from local_llava.store import Leftover
+from local_llava.store import digest as digests
+from local_llava.store.origin import Origin, Pair
 from local_llava.types import ModelFiles
 
 KEY, OTHER = "0" * 24, "1" * 24
@@ -131,7 +131,7 @@ MAKE = """
 import os, signal, sys, time
 from pathlib import Path
 from local_llava import store
-from local_llava.origin import Origin
+from local_llava.store.origin import Origin
 from local_llava.types import ModelFiles
 key, seconds, end = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 with store.new_pair(key, "raced", resumable=end == "kill-resumable") as new:

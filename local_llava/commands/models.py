@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from local_llava.model_list import ModelEntry
-    from local_llava.origin import Pair
     from local_llava.store import Leftover
+    from local_llava.store.origin import Pair
 
 Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
@@ -149,7 +149,7 @@ def _print_one(entry: ModelEntry, kept: list[Pair], free: int) -> None:
 
 def _cached(entry: ModelEntry) -> list[str]:
     """The repositories of a model that are in the Hugging Face cache as a whole."""
-    from local_llava import hub_cache
+    from local_llava.store import hub_cache
 
     names = [repository.name for repository in entry.repositories]
     return [name for name in names if any(map(hub_cache.is_complete, hub_cache.snapshots(name)))]
@@ -212,7 +212,8 @@ def _meant(name: str, pairs: list[Pair], leftovers: list[Leftover]) -> list[Pair
     Raises:
         UsageError: Nothing that is kept.
     """
-    from local_llava import hub_cache, model_list, store
+    from local_llava import model_list, store
+    from local_llava.store import hub_cache
 
     base, quant = model_list.split_name(name)
     entry = model_list.find(base)
@@ -238,7 +239,7 @@ def _meant(name: str, pairs: list[Pair], leftovers: list[Leftover]) -> list[Pair
 
 
 def _label(item: Pair | Leftover) -> str:
-    from local_llava.origin import Pair
+    from local_llava.store.origin import Pair
 
     return f"{item.origin.name}:{item.origin.quant}" if isinstance(item, Pair) else f"{item.name} ({item.state})"
 

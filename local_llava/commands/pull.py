@@ -13,7 +13,7 @@ from local_llava.commands.convert import LLM_TYPES, MMPROJ_TYPES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from local_llava.pull_target import Report
+    from local_llava.pull.target import Report
 
 
 def pull(
@@ -55,7 +55,7 @@ def pull(
 
     What was cut goes on where it was when it is run again.
     """
-    from local_llava.pull import prepare_pull
+    from local_llava.pull.prepare import prepare_pull
 
     pulled = prepare_pull(
         name,
@@ -92,7 +92,7 @@ class PullProgress:
 
     def report(self) -> Report:
         """What a pull tells its progress to."""
-        from local_llava.pull_target import Report
+        from local_llava.pull.target import Report
 
         return Report(
             note=self._note,

@@ -20,12 +20,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import download
 from local_llava.convert.config import MAX_JSON_BYTES
 from local_llava.convert.safetensors_file import read_safetensors
 from local_llava.convert.source import StoredTensor
 from local_llava.errors import CheckpointError, DownloadError, OutputError
-from local_llava.hub_api import Listing, RemoteFile, retried
+from local_llava.pull import download
+from local_llava.pull.hub_api import Listing, RemoteFile, retried
 
 _FIRST_BYTES = 1 << 18
 """Asked for at first; most headers are shorter."""

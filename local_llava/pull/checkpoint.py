@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from local_llava import arriving, download, model_sizes, store
-from local_llava.arriving import AHEAD, Arrivals, HollowTensor, Shard
+from local_llava import model_sizes, store
 from local_llava.convert import Conversion, prepare, weights
 from local_llava.convert.plan import GGUFPlan
 from local_llava.convert.resume import safe_tensors, write_resumable
 from local_llava.convert.source import SourceTensor
 from local_llava.convert.write import human_size
 from local_llava.errors import CheckpointError
-from local_llava.hub_api import Listing
 from local_llava.model_list import ModelEntry
-from local_llava.origin import Origin
-from local_llava.pull_files import Content, directory_of, find_beside, total_size
-from local_llava.pull_target import Report, Target, Work, check_room, room
+from local_llava.pull import arriving, download
+from local_llava.pull.arriving import AHEAD, Arrivals, HollowTensor, Shard
+from local_llava.pull.files import Content, directory_of, find_beside, total_size
+from local_llava.pull.hub_api import Listing
+from local_llava.pull.target import Report, Target, Work, check_room, room
+from local_llava.store.origin import Origin
 from local_llava.types import ModelFiles
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from local_llava import store
 from local_llava.convert.write import Pending, human_size
 from local_llava.errors import OutputError
-from local_llava.origin import Origin, write_json
-from local_llava.process_lock import locked
+from local_llava.store.origin import Origin, write_json
+from local_llava.store.process_lock import locked
 from local_llava.types import ModelFiles
 
 _PUBLISHING = "publishing.json"

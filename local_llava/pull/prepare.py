@@ -1,7 +1,7 @@
 """A model of the Hugging Face Hub becomes a pair of GGUF files here: what a name means, and where the pair goes.
 
 Knows what is taken: a published pair where there is one of the wanted types, else a checkpoint. How each of them gets
-here is `pull_gguf`'s and `pull_checkpoint`'s; how a file is downloaded, `download`'s.
+here is `gguf`'s and `checkpoint`'s; how a file is downloaded, `download`'s.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Literal
 from local_llava import model_list
 from local_llava.convert import mixes
 from local_llava.errors import DownloadError, UsageError
-from local_llava.hub_api import Listing, OfflineError, list_repository
 from local_llava.model_list import ModelEntry, PublishedPair
-from local_llava.pull_checkpoint import CheckpointPull
-from local_llava.pull_gguf import GGUFPull
-from local_llava.pull_target import KeptPair, Target
+from local_llava.pull.checkpoint import CheckpointPull
+from local_llava.pull.gguf import GGUFPull
+from local_llava.pull.hub_api import Listing, OfflineError, list_repository
+from local_llava.pull.target import KeptPair, Target
 from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT
 
 Kind = Literal["gguf", "checkpoint"]

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError, features
 
 from local_llava.errors import ImageError
-from local_llava.pixels import MAX_PIXELS, check_size, upright_rgb
+from local_llava.pictures.pixels import MAX_PIXELS, check_size, upright_rgb
 
 PDF_LONG_EDGE = 1536
 """Pixels of the longer edge of a rendered page: more than towers take, and the text of a printed page stays legible."""

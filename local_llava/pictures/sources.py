@@ -105,7 +105,7 @@ def _read_path(name: str, local: bool) -> Encoded:
 
 
 def _read_url(url: str, remote: bool) -> Encoded:
-    from local_llava.fetch import fetch, without_secrets
+    from local_llava.pictures.fetch import fetch, without_secrets
 
     where = printable(without_secrets(url))
     if not remote:

@@ -31,9 +31,9 @@ import platformdirs
 
 from local_llava import model_list
 from local_llava.errors import ModelFileError, OutputError
-from local_llava.origin import ORIGIN, DamagedError, Origin, Pair, read_json, read_pair, write_json, write_origin
-from local_llava.process_lock import LockedError, locked
-from local_llava.source_digest import source_digest
+from local_llava.store.digest import source_digest
+from local_llava.store.origin import ORIGIN, DamagedError, Origin, Pair, read_json, read_pair, write_json, write_origin
+from local_llava.store.process_lock import LockedError, locked
 from local_llava.types import ModelFiles
 
 __all__ = [

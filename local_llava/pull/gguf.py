@@ -7,14 +7,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from local_llava import download, store
+from local_llava import store
 from local_llava.convert.write import human_size
 from local_llava.errors import DownloadError, ModelFileError, OutputError
 from local_llava.gguf_file import GGUFFile
-from local_llava.hub_api import Listing, RemoteFile
 from local_llava.model_list import PublishedPair
-from local_llava.origin import Origin
-from local_llava.pull_target import Report, Target, check_room, room
+from local_llava.pull import download
+from local_llava.pull.hub_api import Listing, RemoteFile
+from local_llava.pull.target import Report, Target, check_room, room
+from local_llava.store.origin import Origin
 from local_llava.types import ModelFiles
 
 

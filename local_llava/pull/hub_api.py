@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from local_llava.errors import DownloadError, LocalLlavaError, UsageError
-from local_llava.process_lock import locked
+from local_llava.store.process_lock import locked
 
 RETRIES = 5
 """How often in a row a request is made again that failed for a reason which may pass."""

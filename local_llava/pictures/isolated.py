@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from local_llava.errors import ImageError
-from local_llava.pixels import check_size
+from local_llava.pictures.pixels import check_size
 
 MAX_SECONDS = 60.0
 """Most seconds that the child may take."""
@@ -39,7 +39,7 @@ def decode_apart(kind: str, data: bytes, where: str, page: int = 1) -> Image.Ima
     """
     if kind in _EXTRAS and importlib.util.find_spec(_EXTRAS[kind][1]) is None:
         raise ImageError(f"{where}: {kind} needs an extra: pip install 'local-llava[{_EXTRAS[kind][0]}]'")
-    program = f"import sys; sys.path[:] = {sys.path!r}; from local_llava.isolated_child import main; main()"
+    program = f"import sys; sys.path[:] = {sys.path!r}; from local_llava.pictures.isolated_child import main; main()"
     try:
         done = subprocess.run(
             [sys.executable or "python3", "-c", program, kind, str(page)],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from local_llava.errors import DownloadError, OutputError
-from local_llava.hub_api import Listing, PassingError, RemoteFile, wait_before_retry
+from local_llava.pull.hub_api import Listing, PassingError, RemoteFile, wait_before_retry
 
 log = logging.getLogger("local_llava")
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from PIL import Image, UnidentifiedImageError
 
 from local_llava.errors import ImageError
-from local_llava.file_checks import check_gif, checked_jpeg
-from local_llava.isolated import decode_apart
-from local_llava.pixels import MAX_PIXELS, check_size, upright_rgb
+from local_llava.pictures.file_checks import check_gif, checked_jpeg
+from local_llava.pictures.isolated import decode_apart
+from local_llava.pictures.pixels import MAX_PIXELS, check_size, upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
 """Pillow's names of what it decodes in this process. The others are decoded by `isolated`."""

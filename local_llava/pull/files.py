@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from local_llava import download
 from local_llava.convert import weights
 from local_llava.convert.config import MAX_JSON_BYTES, read_json
 from local_llava.convert.write import human_size
 from local_llava.errors import CheckpointError, DownloadError
-from local_llava.hub_api import Listing, RemoteFile, list_repository
 from local_llava.model_list import ModelEntry, is_repository
+from local_llava.pull import download
+from local_llava.pull.hub_api import Listing, RemoteFile, list_repository
 
 log = logging.getLogger("local_llava")
 
