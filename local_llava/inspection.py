@@ -61,16 +61,16 @@ def read(path: Path) -> Contents:
     if not is_checkpoint(path):
         raise ModelFileError(f"{path}: a directory without config.json; name a GGUF file or a checkpoint")
     config = read_config(path) if (path / "config.json").is_file() else {}
-    entries: tuple[Entry, ...] = ()
+    listed: tuple[Entry, ...] = ()
     # XTuner keeps each part in a directory of its own.
     for part in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
         if has_weights(part):
             prefix = "" if part == path else f"{part.name}/"
             tensors = read_weights(part).values()
-            entries += tuple(Entry(prefix + t.name, t.dtype, t.shape, t.nbytes) for t in tensors)
-    if not entries:
+            listed += tuple(Entry(prefix + t.name, t.dtype, t.shape, t.nbytes) for t in tensors)
+    if not listed:
         read_weights(path)  # which says what is missing
-    return Contents(path, "checkpoint", config, entries)
+    return Contents(path, "checkpoint", config, listed)
 
 
 def describe(contents: Contents) -> Iterator[str]:
