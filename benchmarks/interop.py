@@ -52,7 +52,9 @@ def ask_cli(files: ModelFiles) -> Ask:
 
     def ask(picture: Path, question: str) -> str:
         command = [program, "-m", files.model, "--mmproj", files.mmproj, "--image", picture, "-p", question]
-        done = subprocess.run([*command, "-n", "64", "--temp", "0"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*command, "-n", "64", "--temp", "0"], capture_output=True, text=True, errors="replace", timeout=120
+        )
         return done.stdout.strip() if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr[-200:]}"
 
     return ask
@@ -79,19 +81,19 @@ def server(files: ModelFiles) -> Iterator[str]:
         process.wait()
 
 
-def ask_server(address: str) -> Ask:
+def ask_server(address: str, max_tokens: int = 64) -> Ask:
     """The content of a message as a list of parts, as OpenAI's clients send pictures."""
 
     def ask(picture: Path, question: str) -> str:
         url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        return _complete(address, content)
+        return _complete(address, content, max_tokens)
 
     return ask
 
 
-def _complete(address: str, content: Any) -> str:
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 64, "temperature": 0}
+def _complete(address: str, content: Any, max_tokens: int = 64) -> str:
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0}
     request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     try:
@@ -99,12 +101,32 @@ def _complete(address: str, content: Any) -> str:
             choice = json.load(reply)["choices"][0]
     except urllib.error.HTTPError as e:
         return f"{e.code}: {e.read().decode()[:200]}"
+    except OSError as e:
+        return f"503: the server is gone ({e})"
     text: str = choice["message"]["content"]
     return text if choice["finish_reason"] == "stop" else f"{text} ({choice['finish_reason']})"
 
 
 def ask_ours(llava: Llava) -> Ask:
     return lambda picture, question: llava.ask(question, picture, max_tokens=64).text
+
+
+def random_models() -> dict[str, Callable[[Path], Path]]:
+    """Checkpoints with random weights, made by what the tests make them with; by kind, what writes one."""
+    sys.path.insert(0, str(TINY.parent.parent / "tests"))
+    import decoder_checkpoints as decoders
+    import tower_checkpoints as towers
+    from llava_checkpoints import save
+
+    grid = [[28, 56], [56, 28]]
+    kinds: dict[str, Callable[[Path], Path]] = {
+        kind: lambda path, kind=kind: save(decoders.random_llava(kind), path) for kind in ("mistral", "phi3", "qwen2")
+    }
+    kinds["siglip"] = lambda path: towers.save_tower_model(towers.random_tower_model("siglip"), path)
+    kinds["next"] = lambda path: towers.save_tower_model(
+        towers.random_tower_model("clip", -2, "default", "next", image_grid_pinpoints=grid), path
+    )
+    return kinds
 
 
 def score(ask: Ask, asked: list[dict[str, str]], directory: Path) -> str:
@@ -121,6 +143,8 @@ def main() -> None:
     args = parser.parse_args()
     print(machine.describe())
     import scenes
+
+    models = random_models()
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -145,6 +169,14 @@ def main() -> None:
             with server(files) as address:
                 print(f"  llama-server:   {score(ask_server(address), asked, work / 'pictures')}")
                 print(f"  llama-server, content as a text: {_complete(address, 'Hello!')!r:.60}")
+        picture = next((work / "pictures").glob("*.png"))
+        for kind, save in models.items():
+            files = convert(save(work / kind), work / f"{kind}-gguf", quant="F16", mmproj_quant="F16")
+            print(f"\n{kind}, random weights")
+            print(f"  llama-mtmd-cli: {ask_cli(files)(picture, 'What?')!r:.100}")
+            with server(files) as address:
+                # Few tokens: the server ends itself over an answer that stops inside a character, as noise may.
+                print(f"  llama-server:   {ask_server(address, 4)(picture, 'What?')!r:.100}")
 
 
 if __name__ == "__main__":
