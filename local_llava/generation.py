@@ -215,6 +215,7 @@ class Context:
         del self._held[n_kept:]
         if not self._llm.truncate(sum(unit.n_tokens if isinstance(unit, Shown) else 1 for unit in self._held)):
             self._held.clear()
+            embeddings = self.embeddings(request.pictures)  # those that were held were not asked for
         reused = self._llm.n_past
         for piece in _pieces(units[len(self._held) :]):
             inputs = embeddings[piece[0].digest] if isinstance(piece[0], Shown) else cast("list[int]", piece)

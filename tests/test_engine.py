@@ -107,6 +107,22 @@ def test_event_loops(llava: Llava, scene: Image.Image) -> None:
     asyncio.run(main())
 
 
+def test_a_context_that_cannot_be_cut_is_made_anew(
+    llava: Llava, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp may refuse to forget a part; then all is forgotten, pictures that were held included."""
+    first = llava.ask(QUESTION, scene)
+    truncate = llava._llm.truncate
+
+    def refuse(n: int) -> bool:
+        truncate(0)
+        return False
+
+    monkeypatch.setattr(llava._llm, "truncate", refuse)
+    again = llava.ask(QUESTION, scene)
+    assert again.tokens == first.tokens and again.timings.reused_tokens == 0
+
+
 def test_a_chat_computes_only_what_is_new(llava: Llava, scene: Image.Image) -> None:
     llava.ask("Something else.", picture(12))
     first = llava.ask(QUESTION, scene)
