@@ -84,7 +84,8 @@ class Llava:
 
         Args:
             model: The language model's GGUF; or a directory with one pair; or a checkpoint, which is converted once and
-                kept; None for the built-in model.
+                kept; or the name of a model that was pulled, or of a repository in the Hugging Face cache; None for the
+                built-in model. Nothing is downloaded.
             mmproj: Tower and projector; None to take the one beside `model`.
             **options: Fields of `Options`: how to load, and the defaults of all answers.
 
