@@ -26,7 +26,15 @@ from local_llava.convert.preprocessing import CLIP_MEAN, CLIP_STD, read_preproce
 from local_llava.convert.source import FLOATS, SourceTensor
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
-from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, MAX_TILES, PAIR_KEY, ModelFiles, Preprocessing
+from local_llava.types import (
+    DEFAULT_MMPROJ_QUANT,
+    DEFAULT_QUANT,
+    GRID_RULE,
+    PAIR_KEY,
+    ModelFiles,
+    Preprocessing,
+    fits_grid,
+)
 
 _UNUSED = re.compile(
     r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight"
@@ -223,10 +231,10 @@ def _preprocessing(parts: Parts, tower: Tower) -> Preprocessing:
     else:
         how = read_preprocessing(parts.processor, tower.image_size)
     for height, width in parts.grid:
-        if height % tower.image_size or width % tower.image_size or height * width > MAX_TILES * tower.image_size**2:
+        if not fits_grid(height, width, tower.image_size):
             raise CheckpointError(
-                f"{parts.directory}: image_grid_pinpoints has {height} x {width}; sizes of at most {MAX_TILES} tiles "
-                f"of {tower.image_size} x {tower.image_size} are supported"
+                f"{parts.directory}: image_grid_pinpoints has {height} x {width}; accepted are {GRID_RULE}, "
+                f"here {tower.image_size}"
             )
     return replace(how, mode=parts.mode or how.mode, grid=parts.grid)
 

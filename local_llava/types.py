@@ -299,16 +299,23 @@ MAX_GRID_PIXELS = 1 << 25
 """Pixels of all tiles, which are in memory together."""
 
 
+def fits_grid(height: int, width: int, tile: int) -> bool:
+    """Whether pictures can be cut into whole tiles, and not too many, at a size in pixels."""
+    most = min(MAX_TILES * tile * tile, MAX_GRID_PIXELS)
+    return height > 0 and width > 0 and height % tile == 0 and width % tile == 0 and height * width <= most
+
+
+GRID_RULE = f"multiples of the tile's size, of at most {MAX_TILES} tiles and {MAX_GRID_PIXELS} pixels"
+"""What `fits_grid` accepts, in words."""
+
+
 def _grid(flat: Any, size: int, where: str) -> tuple[tuple[int, int], ...]:
-    """Pairs of height and width, each a multiple of the tile's size."""
-    key = "clip.vision.image_grid_pinpoints"
-    numbers = isinstance(flat, (list, tuple)) and all(type(v) is int and v > 0 and v % size == 0 for v in flat)
-    if not numbers or len(flat) % 2 or len(flat) > 128:
-        raise ModelFileError(f"{where}: {key} must be pairs of multiples of image_size {size}, not {flat!a:.80}")
-    grid = tuple(zip(flat[::2], flat[1::2], strict=True))
-    if any(height * width > min(MAX_TILES * size * size, MAX_GRID_PIXELS) for height, width in grid):
+    """Pairs of height and width."""
+    numbers = isinstance(flat, (list, tuple)) and all(type(v) is int for v in flat)
+    grid = tuple(zip(flat[::2], flat[1::2], strict=False)) if numbers else ()
+    if not numbers or len(flat) % 2 or len(flat) > 128 or not all(fits_grid(*pair, size) for pair in grid):
         raise ModelFileError(
-            f"{where}: {key} has a size of more than {MAX_TILES} tiles or {MAX_GRID_PIXELS} pixels: {flat!a:.80}"
+            f"{where}: clip.vision.image_grid_pinpoints is {flat!a:.80}; accepted are up to 64 pairs, {GRID_RULE}"
         )
     return grid
 
