@@ -84,6 +84,35 @@ def resolve(
     return ModelFiles(files.model, own) if own else files
 
 
+def find_checkpoint(name: str) -> Path:
+    """The directory of a checkpoint that a user means, by its path, or by a name that the Hub's cache has it under.
+
+    Raises:
+        ModelFileError: A name of which no whole checkpoint is there. What a path leads to is not looked at.
+    """
+    path = Path(name)
+    if _what(path) != "nothing" or not _NAME.fullmatch(name):
+        return path
+    entry = model_list.find(name)
+    if entry is None and not model_list.is_repository(name):
+        return path
+    for repository in _repositories(name, entry):
+        for snapshot in filter(hub_cache.is_complete, hub_cache.snapshots(repository)):
+            if _is_checkpoint(snapshot):
+                return snapshot
+    raise ModelFileError(
+        f"{name}: neither a directory, nor a checkpoint in the Hugging Face cache; `{_pull(name, None)}` downloads and "
+        "converts it"
+    )
+
+
+def _repositories(name: str, entry: ModelEntry | None) -> list[str]:
+    """A repository itself; of a name of the list all of the model's, the preferred one first."""
+    if "/" in name:
+        return [name]
+    return [repository.name for repository in entry.repositories] if entry else []
+
+
 def _what(path: Path) -> Literal["directory", "file", "nothing"]:
     try:
         return "directory" if path.is_dir() else "file" if path.exists() else "nothing"
@@ -170,8 +199,7 @@ def _named(name: str, on_convert: OnConvert | None, on_wait: Callable[[], None] 
         return pair.files
     if quant is not None:
         _check_quant(quant)
-    preferred = [repository.name for repository in entry.repositories] if entry else []
-    for repository in [base] if "/" in base else preferred:
+    for repository in _repositories(base, entry):
         for snapshot in filter(hub_cache.is_complete, hub_cache.snapshots(repository)):
             if _is_checkpoint(snapshot):
                 return converted(snapshot, on_convert, on_wait, quant=quant or DEFAULT_QUANT, repository=repository)

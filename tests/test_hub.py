@@ -503,3 +503,15 @@ def test_another_tower_beside_a_checkpoint_is_another_conversion(tmp_path: Path,
     save_clip(random_model(seed=1), tmp_path / "clip-vit-tiny")
     second = hub.resolve(tmp_path / "llava")
     assert second.mmproj.read_bytes() != first.mmproj.read_bytes()
+
+
+def test_a_checkpoint_by_name(tmp_path: Path) -> None:
+    """`convert` takes what lies in the cache, whole; anything else is a path, which the converter judges."""
+    assert hub.find_checkpoint(str(tmp_path)) == tmp_path
+    assert hub.find_checkpoint("no-such-directory") == Path("no-such-directory")
+    for name in ("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf"):
+        with pytest.raises(ModelFileError, match=rf"{name}: neither a directory.* pull {name}` downloads"):
+            hub.find_checkpoint(name)
+    snapshot = cache("llava-hf/llava-1.5-7b-hf", tiny_files())
+    for name in ("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf"):
+        assert hub.find_checkpoint(name) == snapshot

@@ -53,7 +53,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sh
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Directory of a LLaVA checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(help="Directory of a LLaVA checkpoint, or the name of one in the Hugging Face cache.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Directory for both files. Default: MODEL-gguf in the current directory."),
@@ -75,11 +77,13 @@ def convert(
     threads: Threads = None,
 ) -> None:
     """Make a quantized GGUF language model and an mmproj of a checkpoint."""
+    from local_llava import hub
     from local_llava.convert import Companions, Overrides, prepare
 
     _check_threads(threads)
+    checkpoint = hub.find_checkpoint(source)
     conversion = prepare(
-        source,
+        checkpoint,
         out,
         quant=quant,
         mmproj_quant=mmproj_quant,
@@ -94,7 +98,7 @@ def convert(
     for note in conversion.notes:
         console.note(f"Note: {note}")
     with console.ConvertProgress() as progress:
-        files = conversion.write(progress.start(source, sum(conversion.sizes)), threads)
+        files = conversion.write(progress.start(checkpoint, sum(conversion.sizes)), threads)
     print(files.model)
     print(files.mmproj)
 
