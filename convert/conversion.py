@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from local_llava.convert.preprocessing import CLIP_MEAN, CLIP_STD, read_preproce
 from local_llava.convert.source import FLOATS, SourceTensor
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
+from local_llava.llm_vocab import PHI3_TOKENS, is_named_phi3
 from local_llava.types import (
     DEFAULT_MMPROJ_QUANT,
     DEFAULT_QUANT,
@@ -170,7 +171,7 @@ def prepare(
     text_types = decoder_types(mix, decoder, overrides)
     mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower.rows, *tower.projector_rows]))
     shared = [
-        *_origin(parts.directory, name),
+        *_origin(parts.directory, _loadable(name, tokenizer.tokens)),
         Field(PAIR_KEY, _pair_id(parts.projector_tensors), GGUFValueType.STRING),
     ]
     model = GGUFPlan(
@@ -307,6 +308,13 @@ def _pair_id(projector: Mapping[str, SourceTensor]) -> str:
         for start in range(0, n_rows, 256):
             digest.update(tensor.rows(start, min(start + 256, n_rows)).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _loadable(name: str, tokens: Collection[str]) -> str:
+    """A name under which llama.cpp loads the model: to what is called Phi 3 it gives rules that need Phi 3's tokens."""
+    if not is_named_phi3({"general.name": name}) or set(PHI3_TOKENS) <= set(tokens):
+        return name
+    return re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
 
 
 def _origin(directory: Path, name: str) -> list[Field]:

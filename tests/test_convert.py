@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llava_checkpoints import LAYOUTS, edit_json, random_model, save
+from llava_checkpoints import LAYOUTS, TINY, edit_json, random_model, save
 from safetensors.torch import load_file, save_file
 
+from local_llava import Llava
 from local_llava.convert import Overrides, convert, prepare
 from local_llava.convert.conversion import model_name
 from local_llava.convert.mixes import LLM_MIXES, MMPROJ_MIXES
@@ -487,3 +488,13 @@ def test_problems_are_reported_together(copy: Path) -> None:
     edit_tensors(copy, drop("vision_tower.pre_layrnorm"))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing; pre_layrnorm\.weight is missing"):
         prepare(copy)
+
+
+def test_a_name_that_llama_cpp_has_rules_for(tmp_path: Path) -> None:
+    """It looks for Phi 3's tokens in the vocabulary of whatever is called so, and does not load it without."""
+    shutil.copytree(TINY, tmp_path / "my-Phi-3-and-phi3", ignore=shutil.ignore_patterns("*.py"))
+    files = convert(tmp_path / "my-Phi-3-and-phi3", tmp_path / "out", quant="Q8_0")
+    assert GGUFFile.open(files.model).metadata["general.name"] == "my-phi_3-and-phi_3"
+    assert files.model.name == "my-Phi-3-and-phi3-Q8_0.gguf"
+    with Llava.load(files.model, files.mmproj) as llava:
+        assert llava.ask("What?", max_tokens=1).tokens is not None
