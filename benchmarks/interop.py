@@ -175,7 +175,7 @@ def main() -> None:
             print(f"\n{kind}, random weights")
             print(f"  llama-mtmd-cli: {ask_cli(files)(picture, 'What?')!r:.100}")
             with server(files) as address:
-                # Few tokens: the server ends itself over an answer that stops inside a character, as noise may.
+                # Noise does not end by itself.
                 print(f"  llama-server:   {ask_server(address, 4)(picture, 'What?')!r:.100}")
 
 
