@@ -97,6 +97,15 @@ def cases(seed: int, kinds: str = "") -> Iterator[tuple[str, bytes]]:
             yield kind, damaged(data, list(files.values()), random.Random(f"{seed}/{number}"))
 
 
+def peak_memory() -> int:
+    """MiB of resident memory that this process had at most. ru_maxrss begins with what its parent had."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 def child(seed: int, kinds: str, start: int, count: int) -> None:
     """Load files `start` to `count`, and say what became of each on standard output."""
     from local_llava.errors import ImageError
@@ -119,7 +128,7 @@ def child(seed: int, kinds: str, start: int, count: int) -> None:
             result = "error" if str(e).startswith("bytes: ") and str(e).isprintable() else f"UNCLEAR {e!r}"
         except BaseException as e:
             result = f"ESCAPED {type(e).__name__}: {e}"
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        memory = peak_memory()
         print(f"{time.monotonic() - began:.2f} {memory} {result}", flush=True)
 
 
