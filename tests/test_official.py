@@ -46,13 +46,7 @@ def photo() -> Image.Image:
     return Image.fromarray(data.coffee())
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the Hub, for this process and for the command."""
-    home = tmp_path / "hf"
-    monkeypatch.setenv("HF_HOME", str(home))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
-    return home
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def inside(model: LlavaForConditionalGeneration, directory: Path, cache: Path) -> Companions:
