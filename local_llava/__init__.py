@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from local_llava.engine import Llava
     from local_llava.errors import (
+        BusyError,
         CheckpointError,
         DownloadError,
         EngineError,
@@ -32,6 +33,7 @@ __version__: str
 
 _HOMES = {
     "Llava": "engine",
+    "BusyError": "errors",
     "CheckpointError": "errors",
     "DownloadError": "errors",
     "EngineError": "errors",
@@ -51,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "Chunk",
     "DownloadError",

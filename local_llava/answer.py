@@ -1,13 +1,14 @@
 """An answer as it grows: sampling, stop texts, logprobs, and the end.
 
-Knows the language model's logits and vocabulary. Does not know how the prompt came into the context.
+Knows the language model's logits and vocabulary. Does not know how the prompt came into the context, or what else is
+evaluated beside the answer.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,71 +23,76 @@ log = logging.getLogger("local_llava")
 
 
 class Answer:
-    """An answer after a prompt that is in the context.
+    """An answer after a prompt, token by token.
 
     Attributes:
-        n_sampled: Tokens sampled so far, the end of turn included.
+        tokens: Those sampled so far, without the end of turn.
+        n_sampled: How many were sampled, the end of turn included.
+        finished: Whether it is complete, or a limit is reached.
     """
 
-    def __init__(self, llm: LLM, options: Options, constraint: Constraint | None) -> None:
-        self._llm, self._options, self._constraint = llm, options, constraint
+    def __init__(self, llm: LLM, options: Options, constraint: Constraint | None, limit: int) -> None:
+        """
+        Args:
+            llm: The model.
+            options: How to sample.
+            constraint: Of the schema that the answer must follow.
+            limit: Most tokens that it may have, >= 1.
+        """
+        self._llm, self._options, self._constraint, self._limit = llm, options, constraint, limit
         self._detokenizer, self._text = llm.detokenizer(), AnswerText(options.stop)
-        self._tokens: list[int] = []
+        self._sampler = llm.sampler(options)
+        self.tokens: list[int] = []
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._reason: FinishReason = "length"
         self.n_sampled = 0
+        self.finished = False
 
-    def sample(self, append: Callable[[int], None]) -> Iterator[Chunk]:
-        """Sample until the turn ends or a limit is reached.
+    def take(self, row: int) -> Chunk | None:
+        """Sample the next token from the logits after a row of the last batch. None where it is the end of turn."""
+        remaining = self._limit - len(self.tokens)
+        logits = self._llm.logits(row)
+        logprobs = None if self._options.logprobs is None else _log_softmax(logits)
+        if self._constraint is not None:
+            self._constraint.apply(logits, remaining)
+        token = self._sampler.sample(row, logits)
+        if logits[token] == -np.inf:  # by rounding, the last of the candidates may be one that is not allowed
+            token = int(logits.argmax())
+        self.n_sampled += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        if self._llm.ends_turn(token):
+            self._reason, self.finished = "stop", True
+            return None
+        chunk = self._append(token, logprobs)
+        if self._text.stopped:
+            self._reason = "stop"
+        self.finished = self._text.stopped or remaining <= 1
+        return chunk
 
-        Args:
-            append: Evaluates a token after those in the context.
-        """
-        sampler = self._llm.sampler(self._options)
-        try:
-            while True:
-                remaining = min(self._options.max_tokens - len(self._tokens), self._llm.n_ctx - self._llm.n_past + 1)
-                logits = self._llm.logits()
-                logprobs = None if self._options.logprobs is None else _log_softmax(logits)
-                if self._constraint is not None:
-                    self._constraint.apply(logits, remaining)
-                token = sampler.sample()
-                if logits[token] == -np.inf:  # by rounding, the last of the candidates may be one that is not allowed
-                    token = int(logits.argmax())
-                self.n_sampled += 1
-                if self._constraint is not None:
-                    self._constraint.accept(token)
-                if self._llm.ends_turn(token):
-                    self._reason = "stop"
-                    return
-                yield self._take(token, logprobs)
-                if self._text.stopped:
-                    self._reason = "stop"
-                    return
-                if remaining <= 1:
-                    return
-                append(token)
-        finally:
-            sampler.close()
+    def close(self) -> None:
+        """Free the sampler; no token can be taken after."""
+        self._sampler.close()
 
-    def last(self, timings: Timings) -> Chunk:
+    def last(self, timings: Timings, dropped: int = 0) -> Chunk:
         """The rest of the text, with the whole answer."""
         rest = self._text.push(self._detokenizer.finish()) + self._text.finish()
         text = "".join([*self._pieces, rest])
         complete = self._constraint is not None and self._constraint.complete and not self._text.stopped
         reply = Reply(
             text,
-            tuple(self._tokens),
+            tuple(self.tokens),
             "stop" if complete else self._reason,
             timings,
             None if self._options.logprobs is None else tuple(self._logprobs),
             _parse(text, self._options.json_schema) if complete else None,
+            dropped,
         )
         return Chunk(rest, reply=reply)
 
-    def _take(self, token: int, logprobs: NDArray[np.float32] | None) -> Chunk:
-        self._tokens.append(token)
+    def _append(self, token: int, logprobs: NDArray[np.float32] | None) -> Chunk:
+        self.tokens.append(token)
         text = self._text.push(self._detokenizer.push(token))
         self._pieces.append(text)
         if logprobs is None:

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from local_llava.commands import ask, chat, console, convert, inspect, models, pull, repair
+from local_llava.commands import ask, cache, chat, console, convert, doctor, inspect, models, pull, repair, tune
 from local_llava.errors import LocalLlavaError, UsageError
 
 app = typer.Typer(
@@ -104,6 +104,9 @@ app.command()(models.models)
 app.command()(pull.pull)
 app.command()(models.ls)
 app.command()(models.rm)
+app.add_typer(cache.app, name="cache")
+app.command()(doctor.doctor)
+app.command()(tune.tune)
 
 
 if __name__ == "__main__":

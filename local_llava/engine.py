@@ -1,14 +1,16 @@
 """LLaVA, put together: pictures and a conversation in, an answer out.
 
-Knows in which order the parts work, and which thread does what: pictures are read and prepared in the caller's, both
-models belong to one thread of their own (`worker`), which answers one request after the other.
+Knows in which order the parts work, and which thread does what: conversations are read and checked in the caller's,
+both models belong to one thread of their own (`worker`), which gives many answers at a time (`scheduler`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
@@ -19,30 +21,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import hub, memory, prompt
+from local_llava import hub, prompt
 from local_llava.chat import ChatFormat, Slot
 from local_llava.conversation import Conversation, Images, as_list, as_messages
-from local_llava.corrections import corrected
-from local_llava.errors import EngineError, ModelFileError, UsageError
-from local_llava.generation import Context, Picture, Progress, Request
-from local_llava.gguf_file import GGUFFile
+from local_llava.embeddings import Embeddings
+from local_llava.errors import EngineError, ModelFileError, PromptError, UsageError
 from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mode
 from local_llava.llm import LLM
-from local_llava.llm_file import check_llm, check_pair
-from local_llava.mmproj import check_mmproj
+from local_llava.loading import Loaded, load
 from local_llava.pictures import anyres
+from local_llava.request import Picture, Request, as_units, n_tokens
+from local_llava.scheduler import Scheduler
 from local_llava.schema.compiler import compile_schema
+from local_llava.schema.constraint import Constraint, Vocabulary
 from local_llava.types import Chunk, Message, ModelFiles, Options, Preprocessing, Reply
-from local_llava.vision import VisionTower
-from local_llava.worker import Worker
+from local_llava.worker import CLOSED, Ticket, Worker
 
 log = logging.getLogger("local_llava")
 
 OnPrefill = Callable[[int, int], None]
 
+_ANSWER_ROOM = 256
+"""Tokens that are left for an answer, or as many as it may have, where turns are dropped to make room."""
+
 
 class Llava:
-    """A loaded pair of models. Any thread and any event loop may ask it; answers are given one after the other.
+    """A loaded pair of models. Any thread and any event loop may ask it; many answers are given at the same time.
 
     with Llava.load("models/llava-llama-3-8b") as llava:
         print(llava.ask("What is in the picture?", images="cat.jpg").text)
@@ -50,28 +54,25 @@ class Llava:
     Attributes:
         files: The pair.
         options: The defaults of all answers.
-        n_ctx: Tokens that the context holds.
+        n_ctx: Tokens that one conversation may have.
+        parallel: Answers that are given at the same time; more wait.
     """
 
-    def __init__(
-        self,
-        files: ModelFiles,
-        options: Options,
-        llm: LLM,
-        tower: VisionTower,
-        chat_format: ChatFormat,
-        load_s: float,
-        stack: ExitStack,
-    ) -> None:
+    def __init__(self, loaded: Loaded, chat_format: ChatFormat, scheduler: Scheduler, stack: ExitStack) -> None:
         """Use `load`. `stack` frees both models."""
-        self.files, self.options, self.n_ctx = files, options, llm.n_ctx
-        self._llm, self._tower, self._format, self._load_s = llm, tower, chat_format, load_s
-        self._context = Context(llm, tower)
+        self.files, self.options = loaded.files, loaded.options
+        self.n_ctx, self.parallel = loaded.placement.n_ctx, loaded.placement.parallel
+        self._llm, self._tower = loaded.llm, loaded.tower
+        self._format, self._scheduler = chat_format, scheduler
+        self._vocabulary: Vocabulary | None = None
+        # Of what callers' threads do with the language model's vocabulary: it must not be freed meanwhile.
+        self._tokenizing = threading.Lock()
+        self._closed = threading.Event()
         self._warned = False
-        self._worker = Worker("local-llava")
-        stack.callback(self._worker.close)  # before the models are freed
+        self._worker = Worker("local-llava", scheduler, self.parallel + self.options.max_waiting)
+        stack.callback(_end, self._worker, self._closed, self._tokenizing)  # before the models are freed
         # Also where a program forgets to close: the thread must not be in llama.cpp when Python ends.
-        self._close = weakref.finalize(self, stack.close)
+        self._close = weakref.finalize(self, _free, self._worker, stack)
 
     @classmethod
     def load(
@@ -100,31 +101,20 @@ class Llava:
         if settings.json_schema is not None:
             compile_schema(settings.json_schema)
         files = hub.resolve(model, mmproj)
-        gguf, mmproj_gguf = (corrected(GGUFFile.open(path)).gguf for path in (files.model, files.mmproj))
-        llm_config, tower_config = check_llm(gguf), check_mmproj(mmproj_gguf)
-        check_pair(llm_config, files.mmproj, tower_config.n_out)
-        hub.check_pair_ids(gguf, mmproj_gguf)
-        largest = anyres.most_tokens(tower_config.preprocessing, tower_config.n_tokens)
-        n_ctx = memory.choose_n_ctx(llm_config, files, memory.picture_bytes(tower_config), settings, largest)
         with ExitStack() as stack:
-            tower = VisionTower.load(
-                files.mmproj,
-                n_threads=settings.n_threads,
-                use_gpu=settings.n_gpu_layers != 0,
-                flash_attention=settings.flash_attention,
+            loaded = load(files, settings, options, stack)
+            chat_format = _chat_format(files, loaded.llm)
+            placed = loaded.placement
+            scheduler = Scheduler(
+                loaded.llm,
+                loaded.encoder,
+                loaded.store,
+                n_ctx=placed.n_ctx,
+                parallel=placed.parallel,
+                max_stall=loaded.options.max_stall,
+                load_s=time.perf_counter() - started,
             )
-            stack.callback(tower.close)
-            llm = LLM.load(
-                files.model,
-                n_ctx=n_ctx,
-                kv_type=settings.kv_type,
-                n_threads=settings.n_threads,
-                n_gpu_layers=settings.n_gpu_layers,
-            )
-            stack.callback(llm.close)
-            chat_format = _chat_format(files, llm)
-            load_s = time.perf_counter() - started
-            return cls(files, settings, llm, tower, chat_format, load_s, stack.pop_all())
+            return cls(loaded, chat_format, scheduler, stack.pop_all())
 
     def __enter__(self) -> Llava:
         return self
@@ -150,7 +140,8 @@ class Llava:
         Raises:
             ImageError: A picture cannot be read.
             PromptError: The prompt does not fit the context.
-            UsageError: An option is unknown or out of its range.
+            UsageError: An option is unknown or out of its range, or the schema does not fit max_tokens.
+            BusyError: Too many questions wait already.
             EngineError: llama.cpp or ggml failed.
         """
         return self.chat(question, images, on_prefill=on_prefill, **options)
@@ -160,7 +151,7 @@ class Llava:
     ) -> Reply:
         """Continue a conversation.
 
-        What the context still holds of it, pictures included, is not computed again.
+        What is still known of it, pictures included, from whatever conversation, is not computed again.
 
         Args:
             messages: Turns, oldest first, the last one the user's: `Message`s, or dictionaries with `role` and
@@ -182,7 +173,7 @@ class Llava:
 
         The work begins with the first piece asked for. Closing the iterator stops it.
         """
-        return self._chunks(self._answer(messages, images, options), on_prefill)
+        return self._chunks(self._request(messages, images, options), on_prefill)
 
     async def aask(self, question: str, images: Images = (), **options: Any) -> Reply:
         """`ask` for an event loop. Cancelling the task stops the work."""
@@ -199,8 +190,8 @@ class Llava:
     async def astream(self, messages: Conversation, images: Images = (), **options: Any) -> AsyncGenerator[Chunk, None]:
         """`stream` for an event loop. Closing the iterator, or cancelling the task, stops the work."""
         # Reading pictures may take long, above all from the network.
-        items = await asyncio.to_thread(self._answer, messages, images, options)
-        async with aclosing(self._worker.aiterate(items)) as results:
+        request = await asyncio.to_thread(self._request, messages, images, options)
+        async with aclosing(self._worker.aiterate(self._order(request))) as results:
             async for item in results:
                 if isinstance(item, Chunk):
                     yield item
@@ -215,7 +206,13 @@ class Llava:
             ImageError: A picture cannot be read.
         """
         pictures = self._pictures(as_list(images), self.options)
-        known = self._worker.call(lambda: self._context.embeddings(pictures))
+        scheduler = self._scheduler
+
+        def order(ticket: Ticket[Embeddings]) -> None:
+            scheduler.encode(pictures, ticket)
+
+        with closing(self._worker.iterate(order, bounded=False)) as results:
+            known = next(results)
         if not pictures:
             return np.empty((0, self._tower.n_tokens, self._tower.n_embd), np.float32)
         embeddings = [known[picture.digest] for picture in pictures]
@@ -223,8 +220,13 @@ class Llava:
 
     def logits(self, question: str, images: Images = (), *, system: str | None = None) -> NDArray[np.float32]:
         """Logits of the answer's first token: float32 [n_vocab]."""
-        prepared = self._prepare(question, images, {} if system is None else {"system": system})
-        return self._worker.call(lambda: self._context.logits(self._request(*prepared)))
+        options = {} if system is None else {"system": system}
+        request = self._request(question, images, options, only_logits=True)
+        with closing(self._worker.iterate(self._order(request))) as results:
+            for item in results:
+                if isinstance(item, np.ndarray):
+                    return item
+        raise EngineError("the model gave no logits")
 
     def prompt_tokens(self, question: str, images: Images | int = (), *, system: str | None = None) -> list[int | None]:
         """The prompt of a question as token ids, None for each token of a picture.
@@ -248,37 +250,78 @@ class Llava:
         else:
             messages = as_messages(question, images, system)
             sizes = [load_image(image).size for message in messages for image in message.images]
-        parts = self._worker.call(lambda: prompt.build(messages, self._format, self._llm.tokenize))
+        parts = self._build(messages)
         tokens: list[int | None] = []
         for part in parts:
             tokens += [None] * self._arrangement(sizes[part.image], how).n_tokens if isinstance(part, Slot) else part
         return tokens
 
-    def _answer(
-        self, conversation: Conversation, images: Images, options: Mapping[str, Any]
-    ) -> Generator[Progress | Chunk, None, None]:
-        """A job for the worker. What is wrong with the arguments or the pictures is raised here, before it waits."""
-        prepared = self._prepare(conversation, images, options)
-
-        def job() -> Generator[Progress | Chunk, None, None]:
-            yield from self._context.answer(self._request(*prepared), self._load_s)
-
-        return job()
-
-    def _prepare(
-        self, conversation: Conversation, images: Images, options: Mapping[str, Any]
-    ) -> tuple[list[Message], tuple[Picture, ...], Options, str | None, float]:
-        """The part of a request that needs no model: messages, pictures, options, schema, seconds taken."""
+    def _request(
+        self, conversation: Conversation, images: Images, options: Mapping[str, Any], only_logits: bool = False
+    ) -> Request:
+        """All of an answer that needs no computing: what is wrong with the arguments or the pictures is raised here."""
         settings = self.options.updated(options, loaded=True)
         schema = None if settings.json_schema is None else compile_schema(settings.json_schema)
         messages = as_messages(conversation, images, settings.system)
+        self._worker.check()
         started = time.perf_counter()
         pictures = self._pictures([image for message in messages for image in message.images], settings)
-        return messages, pictures, settings, schema, time.perf_counter() - started
+        prepared_s = time.perf_counter() - started
+        room = min(settings.max_tokens, _ANSWER_ROOM, self.n_ctx // 4)
+        n_all = len(messages)
+        while True:
+            units = as_units(self._build(messages), pictures)
+            total = n_tokens(units)
+            if total + (room if len(messages) < n_all else 0) < self.n_ctx:
+                break
+            shorter = _without_oldest(messages) if settings.overflow == "drop_oldest" else None
+            if shorter is None and total < self.n_ctx:
+                break
+            if shorter is None:
+                raise PromptError(self._too_long(total, messages, pictures, settings))
+            pictures = pictures[sum(len(m.images) for m in messages) - sum(len(m.images) for m in shorter) :]
+            messages = shorter
+        constraint = None if schema is None else self._constraint(schema)
+        if constraint is not None:
+            constraint.require(min(settings.max_tokens, self.n_ctx - total))
+        return Request(
+            units, pictures, settings, constraint, prepared_s, time.perf_counter(), n_all - len(messages), only_logits
+        )
 
-    def _request(self, messages: Sequence[Message], *rest: Any) -> Request:
-        """In the worker's thread, since it takes the model's tokenizer."""
-        return Request(prompt.build(messages, self._format, self._llm.tokenize), *rest)
+    def _order(self, request: Request) -> Callable[[Ticket[Any]], None]:
+        scheduler = self._scheduler
+        return lambda ticket: scheduler.add(request, ticket)
+
+    def _build(self, messages: Sequence[Message]) -> prompt.Prompt:
+        with self._using_vocabulary():
+            return prompt.build(messages, self._format, self._llm.tokenize)
+
+    def _constraint(self, schema: str) -> Constraint:
+        with self._using_vocabulary():
+            if self._vocabulary is None:
+                self._vocabulary = self._llm.vocabulary()
+        return Constraint(schema, self._vocabulary)
+
+    @contextlib.contextmanager
+    def _using_vocabulary(self) -> Iterator[None]:
+        with self._tokenizing:
+            if self._closed.is_set():
+                raise UsageError(CLOSED)
+            yield
+
+    def _too_long(self, total: int, messages: Sequence[Message], pictures: Sequence[Picture], options: Options) -> str:
+        n_image = sum(picture.arrangement.n_tokens for picture in pictures)
+        of_pictures = f", {n_image} of them for pictures" if n_image else ""
+        turns = sum(message.role == "user" for message in messages)
+        advice = ["shorten " + (f"the conversation of {turns} turns" if turns > 1 else "the question")]
+        if turns > 1 and options.overflow == "error":
+            advice.append('drop its oldest turns (overflow="drop_oldest", --overflow drop_oldest)')
+        if len(pictures) > 1:
+            advice.append(f"show fewer than {len(pictures)} pictures")
+        if any(len(picture.pixels) > 1 for picture in pictures):
+            advice.append("show pictures with less detail (--preprocess pad)")
+        advice.append("raise n_ctx (--n-ctx)")
+        return f"the prompt has {total} tokens{of_pictures}, the context {self.n_ctx}: {', or '.join(advice)}"
 
     def _pictures(self, images: Sequence[ImageLike], options: Options) -> tuple[Picture, ...]:
         if len(images) > 1 and not self._warned:
@@ -296,13 +339,35 @@ class Llava:
         tower = self._tower
         return anyres.arrangement(size[1], size[0], how, tower.n_tokens, tower.newline is not None)
 
-    def _chunks(self, items: Iterator[Progress | Chunk], on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
-        with closing(self._worker.iterate(items)) as results:
+    def _chunks(self, request: Request, on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
+        with closing(self._worker.iterate(self._order(request))) as results:
             for item in results:
                 if isinstance(item, Chunk):
                     yield item
                 elif on_prefill:
                     on_prefill(item.done, item.total)
+
+
+def _free(worker: Worker, stack: ExitStack) -> None:
+    """Free both models; not before a step that is under way has ended, also where this is called in the middle of it,
+    as the garbage collector may do."""
+    if worker.is_current():
+        threading.Thread(target=stack.close, name="local-llava-close").start()
+    else:
+        stack.close()
+
+
+def _end(worker: Worker, closed: threading.Event, tokenizing: threading.Lock) -> None:
+    with tokenizing:
+        closed.set()
+    worker.close()
+
+
+def _without_oldest(messages: Sequence[Message]) -> list[Message] | None:
+    """A conversation without its oldest turn, the question and its answer; None if only the last question is left."""
+    n_system = int(messages[0].role == "system")
+    later = [i for i, message in enumerate(messages) if i > n_system and message.role == "user"]
+    return [*messages[:n_system], *messages[later[0] :]] if later else None
 
 
 def _complete(reply: Reply | None) -> Reply:

@@ -8,6 +8,7 @@
     ├── PromptError            a conversation that cannot be rendered, or does not fit the context
     ├── OutputError            a file that cannot be written: it exists, no room, no permission
     ├── DownloadError          what a repository of the Hub does not have, does not give, or gives damaged
+    ├── BusyError              as many questions wait as may; the same one may be answered later
     └── EngineError            llama.cpp or ggml reported a failure: no memory, a failed decode
 
 Anything else that escapes is a defect of local-llava.
@@ -46,6 +47,10 @@ class OutputError(LocalLlavaError):
 
 class DownloadError(LocalLlavaError):
     """Something cannot be had from the Hub: it is not there, not allowed, or does not arrive whole."""
+
+
+class BusyError(LocalLlavaError):
+    """Too many questions wait for an answer already."""
 
 
 class EngineError(LocalLlavaError):

@@ -34,7 +34,7 @@ logger = logging.getLogger("local_llava")
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 """`enum ggml_type`: those that are named in code; `ggml_rows` has the rest."""
 
-CPU, GPU, IGPU = 0, 1, 2
+CPU, GPU, IGPU, ACCEL = 0, 1, 2, 3
 """`enum ggml_backend_dev_type`."""
 
 WEIGHTS = 1
@@ -67,6 +67,24 @@ class _TypeTraits(ctypes.Structure):
         ("is_quantized", c_bool),
         ("to_float", _TO_FLOAT),
         ("from_float_ref", c_void_p),
+    )
+
+
+class DeviceProps(ctypes.Structure):
+    """`struct ggml_backend_dev_props`, with `struct ggml_backend_dev_caps` at its end."""
+
+    _fields_ = (
+        ("name", c_char_p),
+        ("description", c_char_p),
+        ("memory_free", c_size_t),
+        ("memory_total", c_size_t),
+        ("type", c_int),
+        ("device_id", c_char_p),
+        ("async", c_bool),
+        ("host_buffer", c_bool),
+        ("buffer_from_host_ptr", c_bool),
+        ("events", c_bool),
+        ("mmap_support", c_bool),
     )
 
 
@@ -121,7 +139,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "backend_reg_count": (c_size_t, []),
     "backend_load_all_from_path": (None, [c_char_p]),
     "backend_dev_by_type": (_P, [c_int]),
+    "backend_dev_count": (c_size_t, []),
+    "backend_dev_get": (_P, [c_size_t]),
+    "backend_dev_name": (c_char_p, [_P]),
     "backend_dev_description": (c_char_p, [_P]),
+    "backend_dev_type": (c_int, [_P]),
+    "backend_dev_memory": (None, [_P, POINTER(c_size_t), POINTER(c_size_t)]),
+    "backend_dev_get_props": (None, [_P, POINTER(DeviceProps)]),
+    "backend_reg_get": (_P, [c_size_t]),
+    "backend_reg_name": (c_char_p, [_P]),
     "backend_dev_backend_reg": (_P, [_P]),
     "backend_dev_init": (_P, [_P, c_char_p]),
     "backend_reg_get_proc_address": (_P, [_P, c_char_p]),

@@ -1,137 +1,142 @@
-"""How much memory a pair needs, how much there is, and the context length that fits.
+"""How much memory a pair of models needs, and how much there is.
 
 Knows the sizes of llama.cpp's buffers by formula, not by asking it: too little memory must be told before loading,
-since the system would kill the process, or llama.cpp abort it.
+since the system would kill the process, or llama.cpp abort it. What fits where is `placement`'s.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from local_llava import ggml
-from local_llava.errors import EngineError, UsageError
+from local_llava.gguf_file import GGUFFile, TensorInfo
 from local_llava.llm import N_BATCH
 from local_llava.llm_file import LLMConfig
 from local_llava.mmproj import TowerConfig
 from local_llava.pictures import anyres
-from local_llava.types import KVType, ModelFiles, Options
+from local_llava.types import KVType
 from local_llava.vision import MAX_ACTIVATIONS
 
-MAX_DEFAULT_N_CTX = 8192
-"""Longest context that is chosen without being asked for: what Llama 3 was trained for; a picture takes 576, more of
-LLaVA-NeXT."""
+KV_BYTES: Mapping[KVType, float] = {"F32": 4, "F16": 2, "Q8_0": 34 / 32}
 
-_MIN_DEFAULT_N_CTX = 2048
-"""Shorter ones hold too little besides a picture to be chosen unasked."""
-
-_ROOM = 1024
-"""Tokens besides the largest picture that a context chosen unasked has: of LLaVA-NeXT one may take 2,928."""
-
-_KV_BYTES: dict[KVType, float] = {"F32": 4, "F16": 2, "Q8_0": 34 / 32}
-
-_PROCESS = 64 << 20
+PROCESS = 64 << 20
 """Python, numpy, and llama.cpp's tables of the vocabulary."""
+
+CELLS = 256
+"""llama.cpp rounds the KV cache up to a multiple of this many tokens."""
+
+OUTPUTS = 16
+"""Rows, besides one of each answer, that llama.cpp has room for the logits of: tokens that were guessed; and as many
+for each sequence that is kept for later."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of the computer's own memory that a loaded pair takes."""
+    """Bytes of one memory, the computer's or a GPU's, that a pair takes."""
 
-    weights: int
-    """Of both files. They are mapped, so the system may drop pages and read them again: at a hundredth of the speed."""
-    kv_cache: int
-    compute: int
+    weights: int = 0
+    """Of both files. In the computer's memory they are mapped, so the system may drop pages and read them again: at a
+    hundredth of the speed."""
+    kv_cache: int = 0
+    compute: int = 0
     """Intermediate results."""
 
     @property
     def total(self) -> int:
         return self.weights + self.kv_cache + self.compute
 
+    def __add__(self, other: Need) -> Need:
+        return Need(self.weights + other.weights, self.kv_cache + other.kv_cache, self.compute + other.compute)
 
-def need(llm: LLMConfig, sizes: tuple[int, int], tower_bytes: int, n_ctx: int, options: Options) -> Need:
-    """What a pair needs.
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a language model's tensors, by where llama.cpp can put them."""
+
+    layers: tuple[int, ...]
+    """One for each layer, and the output matrix, which llama.cpp counts as the last one."""
+    embedding: int
+    """Looked up in the computer's memory, wherever the layers are."""
+    tied: bool
+    """Whether the output matrix is the embedding, of which a GPU then gets a copy."""
+
+    @classmethod
+    def of(cls, gguf: GGUFFile, llm: LLMConfig) -> Weights:
+        layers = [0] * (llm.n_layer + 1)
+        embedding = 0
+        for name, tensor in gguf.tensors.items():
+            if name == "token_embd.weight":
+                embedding = tensor.nbytes
+            else:
+                layers[_layer(tensor, llm.n_layer)] += tensor.nbytes
+        if llm.tied:
+            layers[-1] += embedding
+        return cls(tuple(layers), embedding, llm.tied)
+
+    def on_cpu(self, n_gpu_layers: int) -> int:
+        """Bytes that stay in the computer's memory with that many layers, counted from the end, on GPUs."""
+        stay = sum(self.layers[: len(self.layers) - n_gpu_layers]) + self.embedding
+        return stay - (self.embedding if self.tied and not n_gpu_layers else 0)
+
+
+def _layer(tensor: TensorInfo, n_layer: int) -> int:
+    parts = tensor.name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else n_layer
+
+
+def kv_layer(llm: LLMConfig, n_cells: int, kv_type: KVType) -> int:
+    """Bytes of a layer's part of the KV cache."""
+    return int(2 * llm.n_head_kv * llm.n_embd_head * KV_BYTES[kv_type] * n_cells)
+
+
+def compute_bytes(llm: LLMConfig, n_cells: int, n_batch: int, n_outputs: int, flash_attention: bool) -> int:
+    """Bytes of a language model's intermediate results, on each device that has some of its layers.
+
+    Args:
+        llm: The sizes.
+        n_cells: Of the KV cache.
+        n_batch: Rows of a batch at most.
+        n_outputs: Rows whose logits are computed.
+        flash_attention: Whether the matrix of attention weights is never there as a whole.
+    """
+    # Measured with shapes of 1B to 13B parameters: llama.cpp tells the size of each buffer.
+    row = 3 * llm.n_ff + 4 * llm.n_embd + n_cells // 2  # the last is which cells a row may see, in F16
+    if not flash_attention:
+        row = max(row, (llm.n_head + 1) * n_cells + 7 * llm.n_embd)
+    return 4 * (n_batch * row + 2 * n_outputs * llm.n_vocab)
+
+
+def on_cpu(llm: LLMConfig, sizes: tuple[int, int], tower_bytes: int, n_ctx: int) -> Need:
+    """What a pair needs that gives one answer at a time, all in the computer's memory.
 
     Args:
         llm: The language model's sizes.
         sizes: Bytes of the two files.
-        tower_bytes: Bytes of the tower's intermediate results.
+        tower_bytes: Bytes of the tower's intermediate results: see `picture_bytes`.
         n_ctx: Context length, tokens.
-        options: For the KV type, and for the layers that go to a GPU.
     """
-    share = _share_on_cpu(llm, options.n_gpu_layers)
-    cells = -(-n_ctx // 256) * 256  # llama.cpp rounds up
-    per_token = 2 * llm.n_head_kv * llm.n_embd_head * _KV_BYTES[options.kv_type]
-    row = llm.n_vocab + 3 * llm.n_ff + 8 * llm.n_embd
-    if options.kv_type == "F32":  # no flash attention: see llm
-        row += 2 * llm.n_head * cells
-    weights = share * sizes[0] + (sizes[1] if share == 1 else 0)
-    return Need(
-        weights=int(weights),
-        kv_cache=int(share * cells * llm.n_layer * per_token),
-        compute=4 * min(N_BATCH, n_ctx) * row + tower_bytes + _PROCESS,
-    )
+    n_cells = -(-n_ctx // CELLS) * CELLS
+    compute = compute_bytes(llm, n_cells, min(N_BATCH, n_cells), 1 + OUTPUTS, flash_attention=True)
+    return Need(sum(sizes), llm.n_layer * kv_layer(llm, n_cells, "F16"), compute + tower_bytes + PROCESS)
 
 
-def picture_bytes(tower: TowerConfig) -> int:
-    """Bytes of the intermediate results of one picture, and in LLaVA-NeXT of what is made of its tiles."""
-    if not tower.preprocessing.grid:
-        return tower.activation_bytes
-    n_tiles = anyres.most_tiles(tower.preprocessing)
+def picture_bytes(tower: TowerConfig, n_pictures: int = 1) -> int:
+    """Bytes of the intermediate results of pictures that are encoded together, and in LLaVA-NeXT of what is made of
+    their tiles."""
+    n_tiles = n_pictures * (anyres.most_tiles(tower.preprocessing) if tower.preprocessing.grid else 1)
     at_once = max(tower.activation_bytes, min(n_tiles * tower.activation_bytes, MAX_ACTIVATIONS))
     pixels = 3 * tower.preprocessing.image_size**2
     return at_once + 4 * n_tiles * (pixels + 2 * tower.n_tokens * tower.n_out)  # as tiles, and in order
-
-
-def choose_n_ctx(llm: LLMConfig, files: ModelFiles, tower_bytes: int, options: Options, picture: int = 0) -> int:
-    """The context length to load a pair with: what the user named, or the longest default that fits.
-
-    Args:
-        llm: The language model's sizes.
-        files: The pair.
-        tower_bytes: As of `need`; see `picture_bytes`.
-        options: As of `need`, and for the length that the user named.
-        picture: Most tokens that one picture takes. No default is chosen that it would fill.
-
-    Raises:
-        UsageError: The user named more than the model was trained for.
-        EngineError: There is not enough memory; the message has the numbers.
-    """
-    if options.n_ctx is not None and options.n_ctx > llm.n_ctx_train:
-        raise UsageError(
-            f"n_ctx must be 1 to {llm.n_ctx_train}, what {llm.path.name} was trained for, not {options.n_ctx}"
-        )
-    free = available()
-    longest = options.n_ctx or min(max(MAX_DEFAULT_N_CTX, picture + _ROOM), llm.n_ctx_train)
-    shorter = [] if options.n_ctx else [n for n in (4096, _MIN_DEFAULT_N_CTX) if picture + _ROOM <= n < longest]
-    for n_ctx in (longest, *shorter):
-        least = need(llm, files.sizes, tower_bytes, n_ctx, options)
-        if least.total <= free:
-            return n_ctx
-    raise EngineError(
-        f"{files.model}: {_gb(least.total)} of memory are needed for a context of {n_ctx} tokens "
-        f"(weights {_gb(least.weights)}, KV cache {_gb(least.kv_cache)}, computing {_gb(least.compute)}), "
-        f"{_gb(free)} are free: close programs, or take a smaller --n-ctx, --kv-type Q8_0 or a smaller quantization"
-    )
 
 
 def available() -> int:
     """Bytes that this process may still take without swapping."""
     free = psutil.virtual_memory().available
     return max(0, min([free, *_cgroup_room(), *_address_room()]))
-
-
-def _share_on_cpu(llm: LLMConfig, n_gpu_layers: int) -> float:
-    """The part of the layers that stays in the computer's own memory; the output matrix counts as one."""
-    g = ggml.functions()
-    # Apple's GPU, like those inside a processor, has no memory of its own.
-    if n_gpu_layers == 0 or sys.platform == "darwin" or not g.backend_dev_by_type(ggml.GPU):
-        return 1.0
-    n = llm.n_layer + 1
-    return 0.0 if n_gpu_layers < 0 else max(0, n - n_gpu_layers) / n
 
 
 def _cgroup_room() -> list[int]:
@@ -162,5 +167,5 @@ def _address_room() -> list[int]:
     return [] if limit == resource.RLIM_INFINITY else [limit - psutil.Process().memory_info().vms]
 
 
-def _gb(n: int) -> str:
+def gb(n: int) -> str:
     return f"{n / 1e9:.1f} GB"

@@ -25,7 +25,8 @@ from local_llava.llm_file import LLMConfig
 from local_llava.llm_vocab import Vocab
 from local_llava.mmproj import TowerConfig
 from local_llava.model_list import ModelEntry
-from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, Options, Preprocessing
+from local_llava.placement import MAX_DEFAULT_N_CTX
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, Preprocessing
 
 QUANTS = tuple(mixes.LLM_MIXES)
 """Types of the language model, from the largest to the smallest."""
@@ -42,7 +43,7 @@ class Size:
     """File of the language model."""
     mmproj: int
     memory: int
-    """While it answers, with the context that is chosen unasked where there is room for it, all on the CPU."""
+    """While it gives one answer, with the context that is chosen unasked where there is room for it, all on the CPU."""
     n_ctx: int
     """That context's length, tokens."""
 
@@ -72,9 +73,9 @@ def size(entry: ModelEntry, quant: str = DEFAULT_QUANT, mmproj_quant: str = DEFA
     tower_rows = [*tower.rows, *tower.projector_rows]
     mmproj = _bytes(tower_rows, tensor_types.mmproj_types(mmproj_mix, _named(tower_rows)))
     llm = _llm_config(entry, decoder)
-    n_ctx = min(memory.MAX_DEFAULT_N_CTX, llm.n_ctx_train)
+    n_ctx = min(MAX_DEFAULT_N_CTX, llm.n_ctx_train)
     tower_bytes = memory.picture_bytes(_tower_config(entry, decoder))
-    need = memory.need(llm, (model, mmproj), tower_bytes, n_ctx, Options(n_gpu_layers=0))
+    need = memory.on_cpu(llm, (model, mmproj), tower_bytes, n_ctx)
     return Size(model, mmproj, need.total, n_ctx)
 
 

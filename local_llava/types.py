@@ -22,6 +22,9 @@ MAX_CHAT_TEMPLATE = 64 << 10
 """Characters of the longest chat template that is converted and rendered; the longest in use have about 20,000."""
 
 KVType: TypeAlias = Literal["F32", "F16", "Q8_0"]
+KVChoice: TypeAlias = Literal["auto", "F32", "F16", "Q8_0"]
+ImageCacheMode: TypeAlias = Literal["off", "embeddings", "kv"]
+Overflow: TypeAlias = Literal["error", "drop_oldest"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Role: TypeAlias = Literal["system", "user", "assistant"]
 PreprocessMode: TypeAlias = Literal["crop", "pad", "resize"]
@@ -65,19 +68,65 @@ class Options:
     """"pad" shows the tower the whole picture, "crop" its middle, "checkpoint" what the model's file says.
     LLaVA-NeXT, which cuts large pictures into tiles, sees with "pad" and "crop" one tile."""
 
-    n_ctx: int | None = None
-    """Context length in tokens: prompt, pictures, answer. None for what model and memory allow, at most 8192."""
-    kv_type: KVType = "F16"
-    """Type of the KV cache: F32, F16 or Q8_0."""
-    n_gpu_layers: int = -1
-    """Layers to put on the GPU, if there is one; -1 for all. 0 keeps the tower on the CPU, too."""
-    n_threads: int | None = None
-    """CPU threads; None for as many as the process may run on."""
-    flash_attention: bool = False
-    """Of the tower: less memory, for an error of about 3e-4."""
+    overflow: Overflow = "error"
+    """What to do with a conversation that outgrows the context: "error" says so, "drop_oldest" leaves out the oldest
+    turns, whole and with their pictures; `Reply.dropped` tells how many. The system prompt and the last turn stay."""
+    speculate: bool | None = None
+    """Guess tokens from what was read and written before, and keep the guesses that the model would have written
+    itself: a greedy answer stays as it is. Only where one answer is given at a time. None for answers that follow a
+    schema."""
 
-    LOADING: ClassVar[tuple[str, ...]] = ("n_ctx", "kv_type", "n_gpu_layers", "n_threads", "flash_attention")
+    n_ctx: int | None = None
+    """Longest conversation in tokens: prompt, pictures, answer. None for what model and memory allow, at most 8192."""
+    parallel: int | None = None
+    """Answers that are given at the same time, 1 to 64; None for what memory allows, at most 8."""
+    max_waiting: int = 64
+    """Questions that may wait beyond those; one more is refused with `BusyError`."""
+    max_stall: float = 0.5
+    """Seconds that a running answer may stand still while the prompts and pictures of others are read. Shorter ones
+    cost the others speed."""
+    n_batch: int | None = None
+    """Tokens that are evaluated in one step at most; None for the default."""
+    kv_type: KVChoice = "auto"
+    """Type of the KV cache: F32, F16 or Q8_0; "auto" for F16, or Q8_0 where memory is short."""
+    n_gpu_layers: int | Literal["auto"] = "auto"
+    """Layers to put on the GPU, if there is one; -1 for all, "auto" for as many as fit. 0 keeps the tower on the CPU,
+    too."""
+    n_threads: int | None = None
+    """CPU threads; None for one a physical core."""
+    flash_attention: bool | None = None
+    """Attention without a matrix of weights, of tower and language model. None: the language model as llama.cpp
+    chooses, but without it where the KV cache is F32, since it rounds; the tower without it."""
+    image_cache: ImageCacheMode = "off"
+    """What is kept of pictures on disk, for later processes: nothing, their embeddings, or also the KV cache of the
+    prompt up to them. It reveals pictures: see `local-llava cache dir`."""
+    image_cache_bytes: int = 4_000_000_000
+    """Most bytes of it; what was not used for the longest time goes first."""
+    image_cache_after: int = 1
+    """Questions about a picture until its KV cache is kept on disk."""
+
+    LOADING: ClassVar[tuple[str, ...]] = (
+        "n_ctx",
+        "parallel",
+        "max_waiting",
+        "max_stall",
+        "n_batch",
+        "kv_type",
+        "n_gpu_layers",
+        "n_threads",
+        "flash_attention",
+        "image_cache",
+        "image_cache_bytes",
+        "image_cache_after",
+    )
     """The fields that are settled when a model is loaded."""
+    CHOICES: ClassVar[dict[str, Any]] = {
+        "preprocess": PreprocessChoice,
+        "overflow": Overflow,
+        "kv_type": KVChoice,
+        "image_cache": ImageCacheMode,
+    }
+    """The fields that are one of a few words."""
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
@@ -91,21 +140,31 @@ class Options:
             "seed": (0, 2**32 - 2),
             "logprobs": (0, 20),
             "n_ctx": (1, 2**27),
+            "parallel": (1, 64),
+            "max_waiting": (0, 2**20),
+            "max_stall": (0, 3600),
+            "n_batch": (1, 2048),
             "n_gpu_layers": (-1, 2**31 - 1),
             "n_threads": (1, 512),  # GGML_MAX_N_THREADS
+            "image_cache_bytes": (0, 2**50),
+            "image_cache_after": (1, 2**31 - 1),
         }
+        optional = ("logprobs", "n_ctx", "parallel", "n_batch", "n_threads")
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value is None and name in ("logprobs", "n_ctx", "n_threads"):
+            if (value is None and name in optional) or (name == "n_gpu_layers" and value == "auto"):
                 continue
-            whole = name not in ("temperature", "top_p", "min_p", "repeat_penalty")
+            whole = name not in ("temperature", "top_p", "min_p", "repeat_penalty", "max_stall")
             if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
                 raise UsageError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r:.40}")
             if not low <= value <= high:
                 raise UsageError(f"{name} must be {low:g} to {high:g}, not {value!r:.40}")
-        for name, choices in (("kv_type", get_args(KVType)), ("preprocess", get_args(PreprocessChoice))):
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r:.40}")
+        for name, kind in self.CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r:.40}")
+        for name in ("speculate", "flash_attention"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise UsageError(f"{name} must be True, False or None, not {getattr(self, name)!r:.40}")
         if self.system is not None and not isinstance(self.system, str):
             raise UsageError(f"system must be text, not {type(self.system).__name__}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -149,16 +208,30 @@ class Timings:
     image_tokens: int
     """Those of them that stand for pictures."""
     reused_tokens: int
-    """Those of them that the context still held from the answer before, and that were not evaluated again."""
+    """Those of them that were not evaluated again: another answer's prompt or text, still in the KV cache, began with
+    them, or they came from disk."""
     images_encoded: int
-    """Pictures that went through the tower; others were known."""
+    """Pictures that went through the tower; the embeddings of others were known, or not needed."""
     completion_tokens: int
     """Tokens generated, the end of turn included."""
+    restored_tokens: int = 0
+    """Those of `reused_tokens` that came from the image cache on disk."""
+    waited_s: float = 0.0
+    """Seconds until the answer's turn came, where others were given before."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed; see `Options.speculate`."""
+    accepted_tokens: int = 0
+    """Those of them that the model would have written itself, and that cost no step of their own."""
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Tokens of the prompt that were evaluated."""
+        return self.prompt_tokens - self.reused_tokens
 
     @property
     def prefill_tokens_per_s(self) -> float:
         """Of the tokens that were evaluated."""
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -194,6 +267,8 @@ class Reply:
     """One for each of `tokens`, if they were asked for."""
     parsed: Any = None
     """Where a JSON schema was given and the answer is complete: its value, or an instance of the pydantic model."""
+    dropped: int = 0
+    """Messages that were left out at the beginning of the conversation; see `Options.overflow`."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures_in_the_home_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands keep what they computed of pictures; those of the tests do so in a directory of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_LLAVA_CACHE", str(tmp_path_factory.mktemp("pictures")))
+        yield
 
 
 @pytest.fixture

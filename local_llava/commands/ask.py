@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from local_llava.types import Reply
 
 
-@takes_options()
+@takes_options(image_cache="kv")
 def ask(
     inputs: Annotated[
         list[str],

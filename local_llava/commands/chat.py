@@ -32,7 +32,7 @@ HELP = {
 _HISTORY_LINES = 1000
 
 
-@takes_options("logprobs", "json_schema")
+@takes_options("logprobs", "json_schema", image_cache="kv")
 def chat(
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to begin with.", show_default=False)
@@ -103,6 +103,7 @@ class Session:
         messages = [Message("system", self._system)] if self._system is not None else []
         messages += [*self._turns, turn]
         pieces: list[str] = []
+        dropped = 0
         try:
             with (
                 console.PrefillProgress() as prefill,
@@ -111,10 +112,13 @@ class Session:
                 for chunk in chunks:
                     pieces.append(chunk.text)
                     print(chunk.text, end="", flush=True)
+                    dropped = chunk.reply.dropped if chunk.reply else 0
             print()
         except KeyboardInterrupt:
             print()
             console.note("(stopped)")
+        if dropped:
+            console.note(f"(the oldest {dropped} messages do not fit the context any more, and were left out)")
         answer = "".join(pieces)
         if answer:
             # What was said so far stays, as it stands on the screen.

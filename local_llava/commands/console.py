@@ -1,10 +1,12 @@
-"""What the commands tell on stderr besides their results: notes and progress."""
+"""What the commands tell and ask on stderr besides their results: notes, questions and progress."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from local_llava.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +33,19 @@ def note(message: str) -> None:
     """A line on stderr, unless the user wants none."""
     if not _state.quiet:
         print(message, file=sys.stderr)
+
+
+def confirmed(question: str, command: str) -> bool:
+    """Whether the user says yes at the terminal.
+
+    Raises:
+        UsageError: There is no terminal; the message says that the command needs --yes then.
+    """
+    import typer
+
+    if not sys.stdin.isatty():
+        raise UsageError(f"without a terminal to ask at, {command} needs --yes")
+    return typer.confirm(question, err=True)
 
 
 class ConvertProgress:

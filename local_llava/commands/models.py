@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from local_llava.commands import console
+from local_llava.commands import console, tables
 from local_llava.errors import UsageError
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from local_llava.model_list import ModelEntry
     from local_llava.store import Leftover
     from local_llava.store.origin import Pair
@@ -58,7 +55,7 @@ def ls(as_json: Json = False) -> None:
         return
     for pair in pairs:
         types = f"{pair.origin.quant} + {pair.origin.mmproj_quant}"
-        print(f"{pair.origin.name}  {types}  {human_size(pair.size)}  {pair.origin.kind} {_age(pair.created)}")
+        print(f"{pair.origin.name}  {types}  {human_size(pair.size)}  {pair.origin.kind} {tables.age(pair.created)}")
         revision = f" ({pair.origin.revision[:7]})" if pair.origin.revision else ""
         print(f"    from {pair.origin.repository or pair.origin.source}{revision}")
         print(f"    in {pair.directory}")
@@ -89,7 +86,7 @@ def rm(
         chosen += [item for item in _meant(name, pairs, leftovers) if item not in chosen]
     for item in chosen:
         print(f"{_label(item)}  {human_size(item.size)}  {item.directory}")
-    if chosen and not yes and not _confirmed(f"Remove {human_size(sum(item.size for item in chosen))}?"):
+    if chosen and not yes and not console.confirmed(f"Remove {human_size(sum(item.size for item in chosen))}?", "rm"):
         console.note("Nothing was removed")
         raise typer.Exit(1)
     freed = sum(store.remove(item) for item in chosen)
@@ -108,7 +105,7 @@ def _print_list(entries: Sequence[ModelEntry], kept: dict[str, list[Pair]], free
         fits = "yes" if size.memory <= free else "no"
         cells = (human_size(size.files), human_size(size.memory), fits, entry.license, ", ".join(there) or "-")
         rows.append((entry.name, *cells))
-    _print_table(rows)
+    tables.print_table(rows)
     console.note(
         f"SIZE and MEMORY are those of {DEFAULT_QUANT}; {human_size(free)} of memory are free now. "
         "`local-llava models NAME` shows other types."
@@ -140,7 +137,7 @@ def _print_one(entry: ModelEntry, kept: list[Pair], free: int) -> None:
         flags = (size_of.memory <= free, entry.published(quant) is not None, quant in on_disk)
         fits, published, there = ("yes" if flag else "no" for flag in flags)
         rows.append((quant, human_size(size_of.files), human_size(size_of.memory), fits, published, there))
-    _print_table(rows)
+    tables.print_table(rows)
     console.note(
         f"MEMORY is for a context of {model_sizes.size(entry).n_ctx} tokens, shorter ones take less; "
         f"{human_size(free)} are free now."
@@ -153,12 +150,6 @@ def _cached(entry: ModelEntry) -> list[str]:
 
     names = [repository.name for repository in entry.repositories]
     return [name for name in names if any(map(hub_cache.is_complete, hub_cache.snapshots(name)))]
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _describe(entry: ModelEntry, kept: list[Pair], free: int) -> dict[str, Any]:
@@ -242,21 +233,3 @@ def _label(item: Pair | Leftover) -> str:
     from local_llava.store.origin import Pair
 
     return f"{item.origin.name}:{item.origin.quant}" if isinstance(item, Pair) else f"{item.name} ({item.state})"
-
-
-def _confirmed(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise UsageError("without a terminal to ask at, rm needs --yes")
-    return typer.confirm(question, err=True)
-
-
-def _age(created: datetime) -> str:
-    """How long ago, as a person says it."""
-    from datetime import datetime, timezone
-
-    seconds = max(0, int((datetime.now(timezone.utc) - created).total_seconds()))
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            count = seconds // length
-            return f"{count} {unit}{'s' * (count != 1)} ago"
-    return "just now"

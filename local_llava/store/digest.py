@@ -1,6 +1,6 @@
-"""A digest of a checkpoint, to find again what was made of it.
+"""Digests of checkpoints and model files, to find again what was made of them.
 
-Knows which files a conversion reads, and how much of them must be looked at. Does not know what they mean.
+Knows which files a conversion reads, and how much of a large file must be looked at. Does not know what they mean.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from local_llava.errors import CheckpointError
+from local_llava.errors import CheckpointError, ModelFileError
 
 _SMALL = (".json", ".jinja", ".model", ".txt", ".md")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
@@ -50,10 +50,32 @@ def source_digest(*directories: Path) -> str:
         try:
             for path in _files(directory):
                 name = path.relative_to(directory).as_posix().encode(errors="surrogateescape")
-                total.update(hashlib.sha256(name).digest() + _file_digest(path))
+                total.update(hashlib.sha256(name).digest() + _content_digest(path))
         except OSError as e:
             raise CheckpointError(f"{e.filename or directory}: cannot be read: {e.strerror}") from e
     return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a model file, for the keys of what was computed with it.
+
+    Up to 64 MB are read whole, and of a larger file what `source_digest` looks at, which takes milliseconds. Its size
+    and the time of its last change enter as well, so that an edit in place is noticed also between the blocks that are
+    read, unless whoever makes it sets the time back. So a copy has another digest where its time is not kept, and what
+    was computed with the original is computed anew.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        ModelFileError: The file cannot be read.
+    """
+    try:
+        status = path.stat()
+        content = _content_digest(path)
+    except OSError as e:
+        raise ModelFileError(f"{path}: cannot be read: {e.strerror or e}") from e
+    return hashlib.sha256(f"1 {status.st_size} {status.st_mtime_ns} ".encode() + content).hexdigest()
 
 
 def _files(directory: Path) -> list[Path]:
@@ -77,7 +99,7 @@ def _walk(directory: Path, depth: int) -> Iterator[Path]:
                 yield path
 
 
-def _file_digest(path: Path) -> bytes:
+def _content_digest(path: Path) -> bytes:
     digest = hashlib.sha256()
     size = path.stat().st_size
     if size > _WHOLE_BYTES and path.is_symlink():

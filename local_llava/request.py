@@ -1,0 +1,105 @@
+"""What an answer is made from, before and while it waits: the prompt's pieces, pictures, options.
+
+Knows no model and no thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from local_llava.chat import Slot
+from local_llava.pictures.anyres import Arrangement
+from local_llava.prompt import Prompt
+from local_llava.schema.constraint import Constraint
+from local_llava.types import Options
+
+
+class Shown(NamedTuple):
+    """A whole picture in the context."""
+
+    digest: bytes
+    n_tokens: int
+
+
+Unit: TypeAlias = "int | Shown"
+"""What a sequence holds, piece by piece: a token, or a whole picture."""
+
+
+def n_tokens(units: Sequence[Unit]) -> int:
+    """Tokens that pieces take."""
+    return sum(unit.n_tokens if isinstance(unit, Shown) else 1 for unit in units)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, ready for the tower."""
+
+    pixels: NDArray[np.float32]
+    """float32 [n_tiles, 3, image_size, image_size]"""
+    arrangement: Arrangement
+    """Of the tiles' embeddings."""
+    digest: bytes
+    """Of both."""
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.float32], arrangement: Arrangement) -> Picture:
+        """Computes the digest. Pictures of two sizes may have the same pixels, but show other parts of them."""
+        digest = hashlib.blake2b(repr(arrangement).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(pixels).data)
+        return cls(pixels, arrangement, digest.digest())
+
+    @property
+    def shown(self) -> Shown:
+        """What the context holds of it."""
+        return Shown(self.digest, self.arrangement.n_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """An answer to be given."""
+
+    units: Sequence[Unit]
+    """The prompt, piece by piece."""
+    pictures: tuple[Picture, ...]
+    """Those that it shows, in order."""
+    options: Options
+    constraint: Constraint | None
+    """Of the schema that the answer must follow."""
+    prepared_s: float
+    """Seconds that reading and preprocessing the pictures took."""
+    asked_at: float
+    """When it was ready to be handed over, by `time.perf_counter`."""
+    dropped: int = 0
+    """Messages that were left out."""
+    only_logits: bool = False
+    """Whether the logits after the prompt are wanted, and no answer."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the prompt that pictures take."""
+        return sum(picture.arrangement.n_tokens for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of a prompt is read."""
+
+    done: int
+    total: int
+
+
+def as_units(prompt: Prompt, pictures: Sequence[Picture]) -> list[Unit]:
+    """A prompt, piece by piece."""
+    units: list[Unit] = []
+    for part in prompt:
+        if isinstance(part, Slot):
+            units.append(pictures[part.image].shown)
+        else:
+            units += part
+    return units

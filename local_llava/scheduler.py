@@ -1,0 +1,365 @@
+"""Many answers at once on one KV cache: which sequence goes how far in the next step.
+
+Knows the language model, the encoder and the order of things; runs in the thread that owns both models (`worker`).
+What the KV cache holds is `sequences`'s, sampling `answer`'s. Knows no picture files and no chat format.
+
+A step is one batch. Every running answer has its next token in it, and prompts that are still read fill the rest, so
+that both share one pass over the weights; while answers run, the rest is only so large that they need not wait longer
+than `max_stall`. Pictures go through the tower before, in pieces that are bounded likewise. The oldest prompt has the
+first claim on half of the room; then come those that need little: a short question does not wait for a long one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from local_llava.embeddings import Encoder, Encoding
+from local_llava.errors import EngineError
+from local_llava.llm import LLM, InterruptedDecodeError, Rows
+from local_llava.picture_store import PictureStore
+from local_llava.request import Picture, Progress, Request, Unit, n_tokens
+from local_llava.run import Run
+from local_llava.sequences import Sequences
+from local_llava.speculation import Guesser
+from local_llava.worker import Ticket
+
+log = logging.getLogger("local_llava")
+
+N_RETIRED = 15
+"""Sequences that are kept for later prompts, at most, beside those of answers that are being given."""
+
+ALONE_S = 1.0
+"""Seconds that a step may take while no answer runs: until then a cancelled or a new question is not seen."""
+
+_WORTH_WAITING = 32
+"""Tokens that a prompt must save by waiting for another one, which reads the same beginning, to be read first."""
+
+_MIN_MEASURED = 16
+"""Rows of a batch from which on it says how long a row of a prompt takes; smaller ones are ruled by other costs."""
+
+
+class Scheduler:
+    """Answers requests, as many at a time as may be, in the order they came."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        encoder: Encoder,
+        store: PictureStore,
+        *,
+        n_ctx: int,
+        parallel: int,
+        max_stall: float,
+        load_s: float,
+    ) -> None:
+        """
+        Args:
+            llm: Loaded for `parallel + N_RETIRED + 1` sequences.
+            encoder: Of the pictures.
+            store: What is kept of them on disk.
+            n_ctx: Tokens that one conversation may have.
+            parallel: Answers that are given at the same time.
+            max_stall: Seconds that one may stand still for the prompts of others.
+            load_s: Seconds that loading took, for `Timings`.
+        """
+        self._llm, self._encoder, self._store = llm, encoder, store
+        self._n_ctx, self._parallel, self._max_stall, self._load_s = n_ctx, parallel, max_stall, load_s
+        self._sequences = Sequences(llm)
+        self._waiting: deque[Run] = deque()
+        self._running: list[Run] = []
+        self._suspects: list[Run] = []
+        self._only_encoding: deque[tuple[Encoding, Ticket[Any]]] = deque()
+        self._row_s = 0.0
+        self._guesser = Guesser()
+
+    def add(self, request: Request, ticket: Ticket[Any]) -> None:
+        """Take a request; Progress and Chunks, or logits, come on its ticket."""
+        self._waiting.append(Run(request, ticket, self._n_ctx, self._load_s))
+
+    def encode(self, pictures: Iterable[Picture], ticket: Ticket[Any]) -> None:
+        """Take pictures; their embeddings come on the ticket."""
+        self._only_encoding.append((self._encoder.begin(pictures), ticket))
+
+    def step(self) -> bool:
+        """Go on by one batch. Returns whether there is more to do."""
+        self._drop_cancelled()
+        self._admit()
+        started = time.perf_counter()
+        self._encode()
+        self._evaluate(time.perf_counter() - started)
+        return bool(self._running or self._waiting or self._only_encoding)
+
+    def fail(self, error: BaseException) -> None:
+        """End everything with an error."""
+        while self._only_encoding:
+            self._only_encoding.popleft()[1].end(error)
+        for run in [*self._running, *self._waiting]:
+            self._stop(run, error)
+
+    def _drop_cancelled(self) -> None:
+        for run in [r for r in (*self._running, *self._waiting) if r.ticket.cancelled]:
+            self._stop(run, None)
+
+    def _admit(self) -> None:
+        """Let requests begin while there is room for all that they may come to need: none is stopped half-way."""
+        while self._waiting and len(self._running) < self._parallel:
+            run = self._waiting[0]
+            sequence = self._sequences.begin(run.units, run.limit - 1)
+            if sequence is None:
+                return
+            self._waiting.popleft()
+            self._running.append(run)
+            run.begin(sequence)
+            with self._failing(run):
+                self._restore(run)
+                run.answer_with(self._llm)
+
+    def _restore(self, run: Run) -> None:
+        """Begin with what is kept on disk, if that is more than what the KV cache has."""
+        found = self._store.prefix(run.units, len(run.sequence.units))
+        if found is not None:
+            n, state = found
+            if self._sequences.restore(run.sequence, run.units[:n], state):
+                run.restored = run.sequence.n_past
+            else:
+                self._sequences.rejoin(run.sequence, run.units)
+
+    def _encode(self) -> None:
+        """Go on with the pictures of the oldest request that needs some. Those that need none are let through."""
+        busy = self._encode_only()
+        for run in list(self._running):
+            if run.embeddings is not None or self._waits(run):
+                continue
+            started = time.perf_counter()
+            with self._failing(run):
+                if run.encoding is None:
+                    held = set(run.sequence.units)
+                    needed = [p for p in run.request.pictures if p.shown not in held]
+                    if busy and not self._encoder.knows(needed):
+                        continue
+                    run.encoding = self._encoder.begin(needed)
+                if run.encoding.n_new:
+                    if busy:
+                        continue
+                    busy = True
+                    run.encoding.advance(self._pause())
+                run.encoded(time.perf_counter() - started)
+
+    def _encode_only(self) -> bool:
+        """Go on with pictures of which only the embeddings are wanted. Returns whether there were some."""
+        while self._only_encoding and self._only_encoding[0][1].cancelled:
+            self._only_encoding.popleft()[1].end()
+        if not self._only_encoding:
+            return False
+        encoding, ticket = self._only_encoding[0]
+        try:
+            encoding.advance(self._pause())
+            if not encoding.done:
+                return True
+            ticket.deliver(encoding.embeddings)
+            ticket.end()
+        except Exception as e:
+            ticket.end(e)
+        self._only_encoding.popleft()
+        return True
+
+    def _waits(self, run: Run) -> bool:
+        """Whether a prompt waits for an earlier one that reads the same beginning; takes over what is there of it."""
+        for other in self._running[: self._running.index(run)]:
+            n = _common(other.units, run.units[:-1])
+            if n_tokens(run.units[len(run.sequence.units) : n]) < _WORTH_WAITING:
+                continue
+            if len(other.sequence.units) < n:
+                return True
+            if run.offset == 0 and self._sequences.rejoin(run.sequence, run.units):
+                run.forget_encoding()
+        return False
+
+    def _pause(self) -> float:
+        """Seconds that a step may take besides the next tokens of the running answers."""
+        return self._max_stall if any(not run.reading for run in self._running) else ALONE_S
+
+    def _evaluate(self, spent: float) -> None:
+        """Make a batch, evaluate it, and take the next tokens.
+
+        Args:
+            spent: Seconds that this step has taken already.
+        """
+        rows = Rows()
+        planned: list[Run] = []
+        if self._suspects:
+            run = self._suspects[0]
+            if run.reading:
+                run.plan_prompt(rows, self._llm.n_batch)
+            else:
+                run.plan_tokens(rows)
+            planned.append(run)
+        else:
+            self._plan(rows, planned, spent)
+        if not planned:
+            return
+        started = time.perf_counter()
+        try:
+            self._llm.decode(rows, _all_cancelled(planned) if len(rows) >= _MIN_MEASURED else None)
+        except InterruptedDecodeError:
+            self._restart(planned)
+            return
+        except Exception as e:
+            self._recover(planned, e)
+            return
+        seconds = time.perf_counter() - started
+        self._measure(len(rows), seconds)
+        self._guesser.measure(len(rows), seconds)
+        self._suspects = [run for run in self._suspects if run not in planned]
+        for run in planned:
+            with self._failing(run):
+                self._advance(run)
+
+    def _measure(self, n_rows: int, seconds: float) -> None:
+        """Learn how long a row of a prompt takes."""
+        row_s = seconds / n_rows
+        if n_rows >= _MIN_MEASURED:
+            self._row_s = 0.7 * self._row_s + 0.3 * row_s if self._row_s else row_s
+        else:  # a small batch takes longer for each row; after a pause of the whole computer, this finds back
+            self._row_s = min(self._row_s, row_s)
+
+    def _plan(self, rows: Rows, planned: list[Run], spent: float) -> None:
+        answering = [run for run in self._running if not run.reading]
+        reading = [r for r in self._running if r.reading and not self._waits(r) and r.embeddings is not None]
+        room = self._llm.n_batch
+        for run in answering:
+            if len(self._running) == 1:
+                run.guess(self._guesser, min(self._sequences.n_free + run.sequence.reserved, room) - 1)
+            run.plan_tokens(rows)
+        if answering:
+            planned += answering
+            pause = self._max_stall - spent
+            # The first rows show how long a row takes.
+            room = min(room - len(rows), max(1, int(pause / self._row_s)) if self._row_s else _MIN_MEASURED)
+        for run, n in _shares(reading, room):
+            run.plan_prompt(rows, n)
+            planned.append(run)
+
+    def _recover(self, planned: list[Run], error: Exception) -> None:
+        """After a batch that failed: what was in it is tried again one by one, so that only the culprit fails."""
+        log.debug("a batch of %d answers failed: %s", len(planned), error)
+        self._restart(planned)
+        if len(planned) == 1:
+            self._stop(planned[0], error)
+        else:
+            self._suspects = [run for run in planned if run in self._running]
+
+    def _restart(self, planned: list[Run]) -> None:
+        """After a batch that was not evaluated."""
+        for run in planned:
+            run.restart_piece()
+            with self._failing(run):
+                self._cut(run)
+
+    def _cut(self, run: Run) -> None:
+        """Forget what is no whole piece, or no part of the answer."""
+        n = len(run.sequence.units)
+        self._sequences.cut(run.sequence, n)
+        if len(run.sequence.units) < n:
+            raise EngineError("llama.cpp can only forget all of a sequence, so the answer cannot go on")
+
+    def _advance(self, run: Run) -> None:
+        """Note what was evaluated, and take the next tokens."""
+        self._sequences.add(run.sequence, run.n_planned)
+        if run.reading:
+            run.note_read()
+            run.ticket.deliver(Progress(run.sequence.n_past, run.total))
+            if run.reading:
+                return
+            if run.request.only_logits:
+                run.ticket.deliver(self._llm.logits(run.row).copy())
+                self._stop(run, None)
+                return
+        if run.take_tokens(self._guesser):
+            self._cut(run)
+        if run.answer.finished:
+            run.finish()
+            run.ticket.end()
+            self._keep(run)
+            self._stop(run, None)
+
+    def _keep(self, run: Run) -> None:
+        """Keep what was read of pictures for other processes."""
+
+        def save(n_units: int) -> Any:
+            part = self._sequences.scratch(run.sequence, n_units)
+            if part is None:
+                return None
+            try:
+                return self._llm.save(part.id)
+            finally:
+                self._sequences.discard(part)
+
+        try:
+            self._store.keep_prefix(run.units, save)
+        except (EngineError, MemoryError) as e:
+            log.debug("a picture's KV cache is not kept: %s", e)
+
+    def _stop(self, run: Run, error: BaseException | None) -> None:
+        """Let go of a request. What its sequence holds stays for others, unless something went wrong."""
+        if run in self._waiting:
+            self._waiting.remove(run)
+        if run in self._running:
+            self._running.remove(run)
+            if error is None:
+                self._sequences.retire(run.sequence)
+            else:
+                self._sequences.discard(run.sequence)
+        self._suspects = [other for other in self._suspects if other is not run]
+        run.close()
+        run.ticket.end(error)
+
+    @contextlib.contextmanager
+    def _failing(self, run: Run) -> Iterator[None]:
+        """What goes wrong here is the request's own affair."""
+        try:
+            yield
+        except Exception as e:
+            self._stop(run, e)
+
+
+def _all_cancelled(runs: list[Run]) -> Callable[[], bool]:
+    return lambda: all(run.ticket.cancelled for run in runs)
+
+
+def _common(a: list[Unit], b: list[Unit]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _shares(reading: list[Run], room: int) -> Iterator[tuple[Run, int]]:
+    """Rows for prompts: half of them for the oldest, then for those that need no more than an equal share, then for the
+    others in order."""
+    if not reading or room < 1:
+        return
+    left = {run: run.total - run.sequence.n_past for run in reading}
+    given = dict.fromkeys(reading, 0)
+    fair = max(1, room // len(reading))
+
+    def give(run: Run, most: int) -> None:
+        nonlocal room
+        n = min(left[run] - given[run], most, room)
+        given[run] += n
+        room -= n
+
+    give(reading[0], max(1, room // 2))
+    for run in reading:
+        if left[run] <= fair:
+            give(run, fair)
+    for run in reading:
+        give(run, room)
+    yield from ((run, n) for run, n in given.items() if n)
