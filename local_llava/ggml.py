@@ -153,6 +153,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "backend_reg_get_proc_address": (_P, [_P, c_char_p]),
     "backend_free": (None, [_P]),
     "backend_alloc_ctx_tensors": (_P, [_P, _P]),
+    "backend_dev_buffer_from_host_ptr": (_P, [_P, _P, c_size_t, c_size_t]),
+    "backend_tensor_alloc": (c_int, [_P, _P, _P]),
     "backend_buffer_free": (None, [_P]),
     "backend_buffer_set_usage": (None, [_P, c_int]),
     "backend_tensor_set": (None, [_P, _P, c_size_t, c_size_t]),

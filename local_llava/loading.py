@@ -92,7 +92,7 @@ def _load_models(files: ModelFiles, placed: Placement, options: Options, stack: 
             files.mmproj,
             n_threads=options.n_threads,
             use_gpu=placed.tower_on_gpu,
-            flash_attention=bool(options.flash_attention),
+            flash_attention=options.flash_attention,
         )
         own.callback(tower.close)
         llm = LLM.load(

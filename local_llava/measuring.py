@@ -42,7 +42,6 @@ _WORDS = (
     *("a", "the", "of", "in", "on", "is", "red", "blue", "green", "house", "tree", "water", "road", "dog", "cat"),
     *("bird", "stone", "light", "day", "night", "two", "five", "one"),
 )
-"""A token each, mostly."""
 
 Settings: TypeAlias = dict[str, Any]
 """Options by name, of `tuning.FIELDS`."""
@@ -199,7 +198,9 @@ class Tuner:
 
     def _ask(self, llava: Llava, n_prompt: int, n_answer: int) -> Timings:
         """A text that was not asked before, and an answer that goes on: any of many tokens may come at any place."""
-        text = " ".join(self._random.choices(_WORDS, k=int(n_prompt * 0.8)))
+        words = self._random.choices(_WORDS, k=n_prompt)
+        n_tokens = len(llava.prompt_tokens(" ".join(words)))
+        text = " ".join(words[: max(1, n_prompt * n_prompt // n_tokens)])
         return llava.ask(
             text, max_tokens=n_answer, temperature=100.0, top_k=1000, top_p=1.0, min_p=0.0, seed=1, speculate=False
         ).timings

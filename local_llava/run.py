@@ -14,7 +14,7 @@ from local_llava.embeddings import Embeddings, Encoding
 from local_llava.llm import LLM, Rows
 from local_llava.request import Request, Shown, Unit, n_tokens
 from local_llava.sequences import Sequence
-from local_llava.speculation import Guesser
+from local_llava.speculation import Guesser, Guesses
 from local_llava.types import Timings
 from local_llava.worker import Ticket
 
@@ -54,6 +54,7 @@ class Run:
         self.encoding: Encoding | None = None
         self._next: list[int] = []
         self._guessed: list[int] = []
+        self._guesses: Guesses | None = None
         self._n_guessed = self._n_right = 0
         self._n_evaluated = 0
         self._load_s, self._image_s, self._waited_s = load_s, request.prepared_s, 0.0
@@ -110,9 +111,12 @@ class Run:
 
     def guess(self, guesser: Guesser, most: int) -> None:
         """Guess what the next tokens after the last one are."""
-        most = min(most, self.limit - len(self.answer.tokens) - 1)
-        self._guessed = guesser.guess(self.units, self.answer, self.request, most)
-        self._n_guessed += len(self._guessed)
+        if self._guesses is None and guesser.wanted(self.request):
+            self._guesses = guesser.begin(self.units, self.request)
+        if self._guesses is not None:
+            most = min(most, self.limit - len(self.answer.tokens) - 1)
+            self._guessed = self._guesses.next(self.answer.tokens, most)
+            self._n_guessed += len(self._guessed)
 
     def note_read(self) -> None:
         """The part of the prompt is evaluated."""
@@ -129,7 +133,7 @@ class Run:
         self.offset = 0
         self._guessed = []
 
-    def take_tokens(self, guesser: Guesser) -> int:
+    def take_tokens(self) -> int:
         """Sample after the rows of the batch, as far as what was guessed is right.
 
         Returns:
@@ -146,14 +150,14 @@ class Run:
                 break
             self.sequence.units.append(guessed[n_right])
             n_right += 1
-        if guessed:
-            self._n_right += n_right
-            guesser.learn(len(guessed), n_right)
+        self._n_right += n_right
         self._next = self.answer.tokens[-1:]
         return len(guessed) - n_right
 
     def finish(self) -> None:
         """Deliver the end of the answer, with the whole of it."""
+        if self._guesses is not None:
+            self._guesses.finish(self.answer.tokens)
         timings = Timings(
             load_s=self._load_s,
             image_s=self._image_s,

@@ -34,7 +34,14 @@ N_RETIRED = 15
 """Sequences that are kept for later prompts, at most, beside those of answers that are being given."""
 
 ALONE_S = 1.0
-"""Seconds that a step may take while no answer runs: until then a cancelled or a new question is not seen."""
+"""Seconds that a step may take while no answer runs: until then a new question is not seen."""
+
+_EFFICIENT = 64
+"""Rows of a batch from which on more of them are evaluated hardly faster; while no answer runs, that many may take
+longer."""
+
+_TILE = 4
+"""Rows that kernels of quantized weights take at once on CPUs; what is left over goes one by one."""
 
 _WORTH_WAITING = 32
 """Tokens that a prompt must save by waiting for another one, which reads the same beginning, to be read first."""
@@ -103,6 +110,7 @@ class Scheduler:
 
     def _drop_cancelled(self) -> None:
         for run in [r for r in (*self._running, *self._waiting) if r.ticket.cancelled]:
+            run.ticket.drop()
             self._stop(run, None)
 
     def _admit(self) -> None:
@@ -153,7 +161,7 @@ class Scheduler:
     def _encode_only(self) -> bool:
         """Go on with pictures of which only the embeddings are wanted. Returns whether there were some."""
         while self._only_encoding and self._only_encoding[0][1].cancelled:
-            self._only_encoding.popleft()[1].end()
+            self._only_encoding.popleft()[1].drop()
         if not self._only_encoding:
             return False
         encoding, ticket = self._only_encoding[0]
@@ -214,7 +222,8 @@ class Scheduler:
             return
         seconds = time.perf_counter() - started
         self._measure(len(rows), seconds)
-        self._guesser.measure(len(rows), seconds)
+        if not any(run.reading for run in planned):
+            self._guesser.measure(len(rows), seconds)
         self._suspects = [run for run in self._suspects if run not in planned]
         for run in planned:
             with self._failing(run):
@@ -231,28 +240,37 @@ class Scheduler:
     def _plan(self, rows: Rows, planned: list[Run], spent: float) -> None:
         answering = [run for run in self._running if not run.reading]
         reading = [r for r in self._running if r.reading and not self._waits(r) and r.embeddings is not None]
-        room = self._llm.n_batch
         for run in answering:
             if len(self._running) == 1:
-                run.guess(self._guesser, min(self._sequences.n_free + run.sequence.reserved, room) - 1)
+                most = min(self._sequences.n_free + run.sequence.reserved, self._llm.n_batch) - 1
+                run.guess(self._guesser, most)
             run.plan_tokens(rows)
-        if answering:
-            planned += answering
-            pause = self._max_stall - spent
-            # The first rows show how long a row takes.
-            room = min(room - len(rows), max(1, int(pause / self._row_s)) if self._row_s else _MIN_MEASURED)
-        for run, n in _shares(reading, room):
+        planned += answering
+        for run, n in _shares(reading, self._room(len(rows), spent)):
             run.plan_prompt(rows, n)
             planned.append(run)
+
+    def _room(self, n_answering: int, spent: float) -> int:
+        """Rows for prompts in a batch that has so many for running answers."""
+        if n_answering:
+            least, seconds = 1, self._max_stall - spent
+        else:
+            least, seconds = _EFFICIENT, ALONE_S - spent
+        # The first rows show how long a row takes.
+        room = max(least, int(seconds / self._row_s)) if self._row_s else max(least, _MIN_MEASURED)
+        room = min(room, self._llm.n_batch - n_answering)
+        over = (n_answering + room) % _TILE
+        return room - over if room > over else room
 
     def _recover(self, planned: list[Run], error: Exception) -> None:
         """After a batch that failed: what was in it is tried again one by one, so that only the culprit fails."""
         log.debug("a batch of %d answers failed: %s", len(planned), error)
         self._restart(planned)
-        if len(planned) == 1:
-            self._stop(planned[0], error)
+        left = [run for run in planned if run in self._running]
+        if len(planned) == 1 and left:
+            self._stop(left[0], error)
         else:
-            self._suspects = [run for run in planned if run in self._running]
+            self._suspects = left
 
     def _restart(self, planned: list[Run]) -> None:
         """After a batch that was not evaluated."""
@@ -280,7 +298,7 @@ class Scheduler:
                 run.ticket.deliver(self._llm.logits(run.row).copy())
                 self._stop(run, None)
                 return
-        if run.take_tokens(self._guesser):
+        if run.take_tokens():
             self._cut(run)
         if run.answer.finished:
             run.finish()

@@ -1,7 +1,7 @@
 """A CLIP or SigLIP tower with LLaVA's projector on a device: pixels -> image embeddings, at once or in short pieces.
 
-Knows the weights, the device and the time that pieces take. The arithmetic is `vision_graph`'s. Knows nothing of
-picture files (`images`), of which files fit (`mmproj`), or of the language model.
+Knows the device and the time that pieces take. The arithmetic is `vision_graph`'s, the weights are `vision_weights`'s.
+Knows nothing of picture files (`images`), of which files fit (`mmproj`), or of the language model.
 """
 
 from __future__ import annotations
@@ -11,32 +11,29 @@ import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava import devices, ggml, ggml_rows
+from local_llava import devices, ggml
 from local_llava.corrections import open_model
-from local_llava.errors import EngineError, ModelFileError
-from local_llava.gguf_file import GGUFFile, TensorInfo
-from local_llava.mmproj import NEWLINE, TowerConfig, check_mmproj
+from local_llava.errors import EngineError
+from local_llava.mmproj import TowerConfig, check_mmproj
 from local_llava.store.digest import file_digest
 from local_llava.types import Preprocessing
-from local_llava.vision_graph import PATCHES, Graph, Places, new_context, new_tensor, patches
+from local_llava.vision_graph import PATCHES, Graph, Places, new_context, patches
+from local_llava.vision_weights import load_weights, read_newline
 
 __all__ = ["Encoding", "TowerConfig", "VisionTower", "check_mmproj"]
 
 logger = logging.getLogger("local_llava")
 
-MAX_ACTIVATIONS = 256 << 20
-"""Bytes of intermediate results that one graph may take, estimated; it decides how many pictures go into one."""
+MAX_ACTIVATIONS, MAX_GPU_ACTIVATIONS = 64 << 20, 256 << 20
+"""Bytes of intermediate results that one graph may take, estimated; it decides how many pictures go into one. A CPU
+gains nothing by more pictures than it takes to outweigh the making of a graph."""
 
 Arrays = dict[int, NDArray[np.float32]]
 """Values by their place in the computation."""
-
-_FOLDED = {NEWLINE, "v.class_embd", "v.patch_embd.bias"}
-"""Tensors that the graph does not see."""
 
 
 class VisionTower:
@@ -60,7 +57,7 @@ class VisionTower:
         weights: dict[str, int],
         newline: NDArray[np.float32] | None,
         digest: str,
-        flash_attention: bool,
+        flash_attention: bool | None,
         stack: ExitStack,
     ) -> None:
         """Use `load`. `stack` frees what was made, in the right order."""
@@ -71,12 +68,15 @@ class VisionTower:
         self.n_tokens = config.n_tokens
         self.n_embd = config.n_out
         self.device = backends[0].name
-        self.images_per_graph = max(1, min(64, MAX_ACTIVATIONS // config.activation_bytes))
+        on_gpu = len(backends) > 1
+        limit = MAX_GPU_ACTIVATIONS if on_gpu else MAX_ACTIVATIONS
+        self.images_per_graph = max(1, min(64, limit // config.activation_bytes))
         self._places = Places(config)
         self._seconds_per_cost: float | None = None  # as measured last
         self._weights = weights
         # GPUs have kernels for float16 keys and values; the CPU's for float16 also sum in it, and lose by it.
-        self._kv_type = (ggml.F16 if len(backends) > 1 else ggml.F32) if flash_attention else None
+        flash = not on_gpu if flash_attention is None else flash_attention
+        self._kv_type = (ggml.F16 if on_gpu else ggml.F32) if flash else None
         self._max_nodes = 256 + 64 * config.n_blocks
         g = ggml.functions()
         handles = (ctypes.c_void_p * len(backends))(*(backend.handle for backend in backends))
@@ -91,7 +91,7 @@ class VisionTower:
         *,
         n_threads: int | None = None,
         use_gpu: bool = True,
-        flash_attention: bool = False,
+        flash_attention: bool | None = None,
     ) -> VisionTower:
         """Load an mmproj, tensor by tensor.
 
@@ -99,8 +99,8 @@ class VisionTower:
             path: An mmproj that `check_mmproj` accepts.
             n_threads: CPU threads; None for one a physical core.
             use_gpu: Take the first GPU that llama.cpp would take, if there is one.
-            flash_attention: Keep no matrix of attention weights, for less memory, and less time on a GPU, where keys
-                and values are rounded to float16 for it. On a CPU it rounds nothing and is no faster.
+            flash_attention: Keep no matrix of attention weights, for less memory and time. On a GPU keys and values
+                are rounded to float16 for it, on a CPU nothing is. None: on a CPU.
 
         Raises:
             ModelFileError: The file cannot be read or used; the message names the field or tensor.
@@ -111,8 +111,10 @@ class VisionTower:
         config = check_mmproj(gguf)
         with ExitStack() as stack:
             backends = _open_backends(use_gpu, n_threads, stack)
-            weights = _load_weights(gguf, config, backends[0], stack)
-            tower = cls(config, backends, weights, _read_newline(gguf), digest, flash_attention, stack.pop_all())
+            first = backends[0]
+            mapping_device = first.device if len(backends) == 1 else None
+            weights = load_weights(gguf, config, first.handle or 0, first.name, mapping_device, stack)
+            tower = cls(config, backends, weights, read_newline(gguf), digest, flash_attention, stack.pop_all())
         logger.debug("vision tower on %s, %d pictures in a graph", tower.device, tower.images_per_graph)
         return tower
 
@@ -315,64 +317,3 @@ def _open_backends(use_gpu: bool, n_threads: int | None, stack: ExitStack) -> li
     # 512 is GGML_MAX_N_THREADS.
     ggml.set_n_threads(cpu.device, cpu.handle or 0, min(512, max(1, n_threads or devices.physical_cores())))
     return [*backends, cpu]
-
-
-def _load_weights(gguf: GGUFFile, config: TowerConfig, backend: _Backend, stack: ExitStack) -> dict[str, int]:
-    """Read the tensors that are used into a buffer of the device. Returns name -> tensor.
-
-    Matrices of the linear layers keep their type; what is only added, and the small patch embedding, becomes F32.
-    """
-    g = ggml.functions()
-    shapes = config.shapes()
-    context = stack.enter_context(new_context((len(shapes) + 1) * g.tensor_overhead()))
-    weights = {}
-    for name, shape in shapes.items():
-        if name in _FOLDED:
-            continue
-        if name == "v.patch_embd.weight":
-            shape = (shape[0], 3 * config.patch_size**2)
-        weights[name] = new_tensor(context, _device_type(gguf.tensors[name]), shape)
-    buffer = g.backend_alloc_ctx_tensors(context, backend.handle)
-    if not buffer:
-        raise EngineError(f"no memory on {backend.name} for the vision tower of {gguf.path}")
-    stack.callback(g.backend_buffer_free, buffer)
-    g.backend_buffer_set_usage(buffer, ggml.WEIGHTS)
-    try:
-        with gguf.path.open("rb") as file:
-            for name, tensor in weights.items():
-                data = _read_tensor(gguf, name, file)
-                if name == "v.position_embd.weight":
-                    # Row 0 of CLIP's input is zero, so the class token enters with its position; SigLIP's bias is
-                    # added to every position anyhow.
-                    with np.errstate(all="ignore"):  # numpy would print a warning of a damaged file's numbers
-                        if config.class_token:
-                            data[0] += _read_tensor(gguf, "v.class_embd", file)
-                        else:
-                            data += _read_tensor(gguf, "v.patch_embd.bias", file)
-                g.backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
-    except OSError as error:
-        raise ModelFileError(f"{gguf.path}: cannot be read: {error.strerror or error}") from error
-    return weights
-
-
-def _read_newline(gguf: GGUFFile) -> NDArray[np.float32] | None:
-    if NEWLINE not in gguf.tensors:
-        return None
-    with gguf.path.open("rb") as file:
-        newline: NDArray[np.float32] = _read_tensor(gguf, NEWLINE, file)
-    return newline
-
-
-def _device_type(info: TensorInfo) -> int:
-    linear = len(info.shape) == 2 and info.name != "v.position_embd.weight"
-    return info.type if linear else ggml.F32
-
-
-def _read_tensor(gguf: GGUFFile, name: str, file: BinaryIO) -> NDArray[Any]:
-    """A tensor's bytes as they are, or as F32 in its shape where the device holds F32."""
-    info = gguf.tensors[name]
-    file.seek(info.offset)
-    data = np.fromfile(file, np.uint8, info.nbytes)
-    if data.size != info.nbytes:
-        raise ModelFileError(f"{gguf.path}: ends inside tensor {name}: it shrank while it was read")
-    return ggml_rows.dequantize(info.type, data).reshape(info.shape) if _device_type(info) == ggml.F32 else data

@@ -60,6 +60,11 @@ class Ticket(Generic[T]):
             self._put(_End(error))
 
 
+    def drop(self) -> None:
+        """The work is left off, since it was cancelled, or the worker closes."""
+        self.end(_closed_error() if self._is_closed() else None)
+
+
 class Work(Protocol):
     """What the thread does besides taking orders."""
 
@@ -181,7 +186,7 @@ class Worker:
             raise UsageError(CLOSED)
         if bounded and self._n_open >= self._max_open:
             raise BusyError(
-                f"busy: {self._n_open} questions wait or are being answered, as many as may; try again later"
+                f"busy: {self._n_open} questions wait or are being answered, as many as may (max_waiting); try again later"
             )
 
     def _order(self, start: Callable[[Ticket[T]], None], put: Callable[[T | _End], None], bounded: bool) -> Ticket[T]:
@@ -216,7 +221,7 @@ class Worker:
 
     def _take(self, start: Callable[[Ticket[Any]], None], ticket: Ticket[Any]) -> None:
         if ticket.cancelled:
-            ticket.end(_closed_error() if self._closed else None)
+            ticket.drop()
             return
         try:
             start(ticket)

@@ -7,6 +7,7 @@ Knows no model: a vocabulary comes as the bytes of its tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -31,6 +32,9 @@ MAX_CIRCLE = 150
 MAX_FOLLOWED = 300
 """Bytes of the shortest answer for which llguidance is asked, while a schema is checked, what could come instead."""
 
+MAX_FORCED = 64
+"""Bytes of a text that is forced which are looked at."""
+
 MAX_TRIED = 48
 """Tokens that are tried one by one where the budget is short: the most likely ones."""
 
@@ -43,6 +47,7 @@ _LIMITS = llguidance.LLParserLimits(
 )
 _JSON_MARKS = b'{}[],:"'
 _JSON_STARTS = re.compile(rb'[{}\[\],:"]|[^{}\[\],:"]+')
+_VALUE_STARTS = [bytes((byte,)) for byte in b'"{[-0123456789tfn']
 _LOST = "the answer cannot be held to the schema any more"
 _PRINTABLE = range(0x20, 0x7F)
 
@@ -114,6 +119,18 @@ class Vocabulary:
         while i < len(text):
             tokens.append(self.ids[text[i : steps[i]]])
             i = steps[i]
+        return tokens
+
+    def greedy(self, text: bytes) -> list[int]:
+        """Tokens that spell a text, each the longest that fits; none if that leads nowhere."""
+        tokens, i = [], 0
+        while i < len(text):
+            ends = range(min(i + self.longest, len(text)), i, -1)
+            end = next((end for end in ends if text[i:end] in self.ids), 0)
+            if not end:
+                return []
+            tokens.append(self.ids[text[i:end]])
+            i = end
         return tokens
 
 
@@ -189,6 +206,7 @@ class Constraint:
     Attributes:
         finished: Whether the answer is complete and nothing more may come but the end of the turn.
         shortest: Tokens of the shortest answer that is known, the end of the turn not counted.
+        schema: The schema's text.
     """
 
     def __init__(self, schema_text: str, vocabulary: Vocabulary) -> None:
@@ -201,7 +219,7 @@ class Constraint:
         Raises:
             UsageError: The vocabulary cannot write what the schema asks for.
         """
-        self._vocabulary = vocabulary
+        self._vocabulary, self.schema = vocabulary, schema_text
         grammar = rules.grammar(json.loads(schema_text))
         self._matcher = _matcher(grammar, vocabulary)
         self._parser = Parser(grammar, vocabulary.ids, vocabulary.longest)
@@ -212,6 +230,7 @@ class Constraint:
         self._mask = np.zeros((vocabulary.n_tokens + 31) // 32, np.int32)
         self._forced: deque[int] = deque()
         self._ended = False
+        self._text = bytearray()
         self.shortest = len(vocabulary.split(self._parser.rest(self._state)))
 
     @property
@@ -266,8 +285,46 @@ class Constraint:
         self._matcher.consume_token(token)
         _check(self._matcher, EngineError, _LOST)
         self._state = state
+        self._text += self._vocabulary.text(token)
         if self._forced and self._forced.popleft() != token:
             self._forced.clear()
+
+    def forced(self) -> list[int]:
+        """Tokens of the text that must come next, if there is one; else none.
+
+        It may also be split into other tokens, and where a space may be left out it is taken to be there if it was
+        after the last colon: what is returned is the likeliest.
+        """
+        if self._ended or self.finished:
+            return []
+        # A copy shares what llguidance knows of the grammar, and takes a microsecond.
+        matcher, text = self._matcher.deep_copy(), b""
+        colon = self._text.rfind(b'":', 0, -1)
+        spaced = colon < 0 or self._text[colon + 2] == ord(" ")
+        while len(text) < MAX_FORCED:
+            piece = matcher.compute_ff_bytes()[: MAX_FORCED - len(text)]
+            if not piece and (text or self._text)[-1:] in (b",", b":"):
+                piece = self._after_mark(matcher, spaced)
+            tokens = self._vocabulary.greedy(piece)
+            if not tokens or not matcher.consume_tokens(tokens):
+                break
+            text += piece
+        tokens = self._vocabulary.greedy(text)
+        # A word that may go on is rarely split where the choice begins.
+        return tokens[:-1] if text[-1:].isalnum() else tokens
+
+    def _after_mark(self, matcher: llguidance.LLMatcher, spaced: bool) -> bytes:
+        """The byte after a comma or a colon, if a space may come there and else only one other byte."""
+
+        def may_come(byte: bytes) -> bool:
+            return matcher.validate_tokens([self._vocabulary.ids[byte]]) == 1
+
+        if not may_come(b" ") or may_come(b"z"):  # the latter inside a string
+            return b""
+        if spaced:
+            return b" "
+        starts = list(itertools.islice(filter(may_come, _VALUE_STARTS), 2))
+        return starts[0] if len(starts) == 1 else b""
 
     def _allowed(self) -> NDArray[np.bool_]:
         """What the grammar allows: [n_tokens]."""
