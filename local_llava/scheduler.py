@@ -36,7 +36,7 @@ N_RETIRED = 15
 ALONE_S = 1.0
 """Seconds that a step may take while no answer runs: until then a new question is not seen."""
 
-_EFFICIENT = 64
+_EFFICIENT = 32
 """Rows of a batch from which on more of them are evaluated hardly faster; while no answer runs, that many may take
 longer."""
 

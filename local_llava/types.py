@@ -96,7 +96,8 @@ class Options:
     """CPU threads; None for one a physical core."""
     flash_attention: bool | None = None
     """Attention without a matrix of weights, of tower and language model. None: the language model as llama.cpp
-    chooses, but without it where the KV cache is F32, since it rounds; the tower without it."""
+    chooses, but without it where the KV cache is F32, since it rounds; the tower with it on a CPU, where it rounds
+    nothing."""
     image_cache: ImageCacheMode = "off"
     """What is kept of pictures on disk, for later processes: nothing, their embeddings, or also the KV cache of the
     prompt up to them. It reveals pictures: see `local-llava cache dir`."""

@@ -458,3 +458,43 @@ def test_leftovers_and_pairs_are_what_takes_room(home: Path) -> None:
     items: list[Pair | Leftover] = [*store.pairs(), *store.leftovers()]
     assert sum(map(store.remove, items)) > 116
     assert list((home / "pairs").iterdir()) == []
+
+
+# The digest of a model file.
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_digest_of_a_file_sees_content_size_and_time(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:
+        monkeypatch.setattr(digests, "_WHOLE_BYTES", 1 << 16)
+        monkeypatch.setattr(digests, "_HEADER_BYTES", 1 << 10)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(os.urandom(3 << 20))
+    os.utime(path, ns=(0, 10**18))
+    before = digests.file_digest(path)
+    assert len(before) == 64 and digests.file_digest(path) == before
+    moved = path.rename(tmp_path / "other.gguf")
+    assert digests.file_digest(moved) == before, "its name is no part of it"
+    (tmp_path / "link.gguf").symlink_to(moved)
+    assert digests.file_digest(tmp_path / "link.gguf") == before
+    seen = {before}
+    data = moved.read_bytes()
+    for place in (0, 3 << 19, (3 << 20) - 1):
+        moved.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        os.utime(moved, ns=(0, 10**18))
+        seen.add(digests.file_digest(moved))
+    moved.write_bytes(data + b"\0")
+    os.utime(moved, ns=(0, 10**18))
+    seen.add(digests.file_digest(moved))
+    # Between the blocks that are read of a large file, the time tells.
+    moved.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    os.utime(moved, ns=(0, 10**18 + 100))
+    seen.add(digests.file_digest(moved))
+    assert len(seen) == 6
+
+
+def test_the_digest_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"model\.gguf: cannot be read: No such file"):
+        digests.file_digest(tmp_path / "model.gguf")

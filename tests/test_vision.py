@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import torch
 from gguf import GGMLQuantizationType as Q
 from mmproj_files import Reference, relative_error, write_gguf
 
-from local_llava import ggml, vision
-from local_llava.errors import ModelFileError
+from local_llava import ggml, vision, vision_weights
+from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile
-from local_llava.mmproj import assumed_feature_layer
+from local_llava.mmproj import NEWLINE, assumed_feature_layer
+from local_llava.store.digest import file_digest
 from local_llava.types import Preprocessing
 from local_llava.vision import VisionTower, check_mmproj
 
@@ -138,8 +142,21 @@ def test_what_a_file_without_our_keys_means(tmp_path: Path) -> None:
                 assert (relative_error(tower.encode(pixels), reference.features(pixels)) <= F32_BAR) is fits, changes
 
 
-def test_flash_attention_is_exact_on_a_cpu(reference: Reference, tmp_path: Path) -> None:
-    assert error_of(reference, tmp_path / "m.gguf", flash_attention=True, use_gpu=False) <= F32_BAR
+@pytest.mark.parametrize("flash_attention", [False, True])
+def test_attention_is_exact_on_a_cpu(flash_attention: bool, reference: Reference, tmp_path: Path) -> None:
+    assert error_of(reference, tmp_path / "m.gguf", flash_attention=flash_attention, use_gpu=False) <= F32_BAR
+
+
+def test_flash_attention_is_chosen_where_it_is_exact(tmp_path: Path) -> None:
+    """In tiles, from 64 rows on, too: the two kinds sum in another order, and a CPU's default is the faster one."""
+    reference = Reference(image_size=140)
+    path, pixels = write_gguf(tmp_path / "m.gguf", reference.metadata(), reference.tensors()), reference.pixels()
+    outputs = []
+    for choice in (None, True, False):
+        with load(path, use_gpu=False, flash_attention=choice) as tower:
+            outputs.append(tower.encode(pixels))
+        assert relative_error(outputs[-1], reference.features(pixels)) <= F32_BAR
+    assert np.array_equal(outputs[0], outputs[1]) and not np.array_equal(outputs[0], outputs[2])
 
 
 def test_flash_attention_with_the_keys_and_values_of_a_gpu(
@@ -168,7 +185,7 @@ def test_memory_bounds_the_pictures_of_a_graph(
     one = check_mmproj(GGUFFile.open(path)).activation_bytes
     for limit, expected in ((0, 1), (3 * one, 3), (1 << 40, 64)):
         monkeypatch.setattr(vision, "MAX_ACTIVATIONS", limit)
-        with load(path) as tower:
+        with load(path, use_gpu=False) as tower:
             assert tower.images_per_graph == expected
 
 
@@ -218,6 +235,241 @@ def test_a_closed_tower_says_so_and_closes_twice(tower: VisionTower, reference: 
     tower.close()
     with pytest.raises(ValueError, match="closed"):
         tower.encode(reference.pixels())
+
+
+# In pieces
+
+
+PIECES = ("default", "embeddings", "last", "two, in this order", "full", "siglip", "siglip, two layers", "one patch")
+SEVERAL_LAYERS = "five layers, a norm before the projector"
+
+
+@pytest.mark.parametrize("flash_attention", [False, True])
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16])
+@pytest.mark.parametrize("name", [*PIECES, SEVERAL_LAYERS])
+def test_pieces_give_what_one_graph_gives(name: str, kind: Q, flash_attention: bool, tmp_path: Path) -> None:
+    reference = Reference(**SHAPES[name])
+    path = write_gguf(tmp_path / "m.gguf", reference.metadata(), reference.tensors(), kind)
+    pixels = reference.pixels(5)
+    with load(path, use_gpu=False, flash_attention=flash_attention) as tower:
+        whole = tower.encode(pixels)
+        assert relative_error(whole, reference.features(pixels)) <= (F32_BAR if kind == Q.F32 else F16_BAR)
+        for per_graph, seconds in ((64, 0.0), (2, 0.0), (2, None), (2, 1e-3), (2, float("inf"))):
+            tower.images_per_graph = per_graph
+            encoding, pieces = tower.begin(pixels), 1
+            while not encoding.advance(seconds):
+                pieces += 1
+            assert np.array_equal(encoding.result, whole), (per_graph, seconds)
+            if seconds == 0:
+                assert pieces == 5 * (tower.config.n_blocks + 1), "a block of a picture each, and the projector"
+            elif seconds != 1e-3:
+                assert pieces == 1
+
+
+def test_tiles_of_llava_next_in_pieces(reference: Reference, tmp_path: Path) -> None:
+    metadata = {**reference.metadata(), "clip.vision.image_grid_pinpoints": [28, 56, 56, 28, 56, 56]}
+    newline = np.arange(96, dtype=np.float32)
+    path = write_gguf(tmp_path / "m.gguf", metadata, {**reference.tensors(), NEWLINE: newline})
+    pixels = reference.pixels(5)
+    with load(path) as tower:
+        tower.images_per_graph = 3
+        encoding = tower.begin(pixels)
+        while not encoding.advance(0):
+            pass
+        assert tower.newline is not None and np.array_equal(tower.newline, newline)
+        assert relative_error(encoding.result, reference.features(pixels)) <= F32_BAR
+
+
+def test_encodings_take_turns(tower: VisionTower, reference: Reference) -> None:
+    pictures = [reference.pixels(n, seed=n) for n in (2, 3, 1)]
+    expected = [tower.encode(pixels) for pixels in pictures]
+    encodings = [tower.begin(pixels) for pixels in pictures]
+    turns = 0
+    while not all(encoding.done for encoding in encodings):
+        for encoding in encodings:
+            encoding.advance(0)
+        turns += 1
+        assert np.array_equal(tower.encode(pictures[1]), expected[1]), "a whole graph in between"
+    assert turns > 5
+    for encoding, values in zip(encodings, expected, strict=True):
+        assert encoding.advance(0) and np.array_equal(encoding.result, values)
+
+
+def test_what_is_dropped_half_way_is_gone(
+    tower: VisionTower, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g, contexts = ggml.functions(), [0, 0]
+
+    def counted(name: str, i: int) -> Any:
+        function = getattr(g, name)
+
+        def call(*arguments: Any) -> Any:
+            contexts[i] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(g, "init", counted("init", 0))
+    monkeypatch.setattr(g, "free", counted("free", 1))
+    pixels = reference.pixels(3)
+    expected = tower.encode(pixels)
+    for steps in range(1, 8):
+        encoding = tower.begin(pixels)
+        for _ in range(steps):
+            assert not encoding.advance(0)
+        with pytest.raises(ValueError, match="not encoded yet"):
+            _ = encoding.result
+        ref = weakref.ref(encoding)
+        del encoding
+        assert ref() is None, "something holds it"
+    assert contexts == [1 + 28, 1 + 28]
+    assert np.array_equal(tower.encode(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "failure", "message"),
+    [
+        ("backend_sched_graph_compute", -1, r"ggml failed to encode pictures on .* \(status -1\)"),
+        ("backend_sched_alloc_graph", False, "no memory on .* to encode 1 pictures"),
+        ("init", None, "ggml has no memory for a graph"),
+    ],
+)
+def test_a_failure_half_way_leaves_the_tower_as_it_was(
+    function: str, failure: Any, message: str, tower: VisionTower, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = reference.pixels()
+    expected = tower.encode(pixels)
+    encoding = tower.begin(pixels)
+    assert not encoding.advance(0)
+    with monkeypatch.context() as broken:
+        broken.setattr(ggml.functions(), function, lambda *_: failure)
+        with pytest.raises(EngineError, match=message):
+            encoding.advance(0)
+    assert np.array_equal(tower.encode(pixels), expected)
+    assert encoding.advance() and np.array_equal(encoding.result, expected), "the same piece, again"
+
+
+class Clock:
+    """Time that passes only where something is computed."""
+
+    def __init__(self, tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.seconds_per_block, self.pieces = 0.0, 1.0, list[tuple[int, int, int]]()
+        self.tower, block = tower, tower._places.cost(1, 2)
+
+        def compute(start: int, stop: int, inputs: vision.Arrays, outputs: vision.Arrays) -> None:
+            n, cost = len(inputs[start]), tower._places.cost(start, stop)
+            self.pieces.append((start, stop, n))
+            self.now += n * cost / block * self.seconds_per_block
+            tower._seconds_per_cost = self.seconds_per_block / block
+
+        monkeypatch.setattr(tower, "_compute", compute)
+        monkeypatch.setattr("local_llava.vision.time.perf_counter", lambda: self.now)
+
+
+def test_pieces_take_the_time_that_they_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = Reference(n_blocks=20)
+    path = write_gguf(tmp_path / "m.gguf", deep.metadata(), deep.tensors())
+    with load(path) as tower:
+        clock = Clock(tower, monkeypatch)
+        encoding = tower.begin(deep.pixels(8))
+        assert not encoding.advance(5)
+        # In a tower this small the patches take as long as a block.
+        assert clock.pieces == [(-1, 1, 1), (1, 3, 1)], "the first tells how long the others take"
+        clock.seconds_per_block = 0.1
+        began = clock.now
+        assert not encoding.advance(0.05)
+        assert clock.pieces[2:] == [(3, 4, 1)], "one block at least"
+        assert not encoding.advance(0.55) and clock.now - began <= 0.61
+        assert clock.pieces[3:] == [(4, 9, 1)]
+        while encoding._n_done == 0:
+            encoding.advance(0.5)
+        pieces = len(clock.pieces)
+        encoding.advance(0.5)
+        assert clock.pieces[pieces][2] > 1, "several pictures, where there is time"
+        while not encoding.done:
+            began = clock.now
+            encoding.advance(0.5)
+            assert clock.now - began <= 0.51
+        assert sum(n for _, stop, n in clock.pieces if stop == tower._places.end) == 8
+
+
+def test_a_tower_that_is_closed_half_way_says_so(tower: VisionTower, reference: Reference) -> None:
+    encoding = tower.begin(reference.pixels())
+    assert not encoding.advance(0)
+    tower.close()
+    with pytest.raises(ValueError, match="closed"):
+        encoding.advance()
+
+
+def test_no_pictures_are_done_at_once(tower: VisionTower) -> None:
+    encoding = tower.begin(np.empty((0, 3, 28, 28), np.float32))
+    assert encoding.done and encoding.advance(0) and encoding.result.shape == (0, 4, 96)
+
+
+# Weights in the file
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.Q8_0])
+def test_weights_stay_in_the_file_on_a_cpu(
+    kind: Q, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where they cannot, they are copied, and the result is the same."""
+    path, pixels = write_gguf(tmp_path / "m.gguf", reference.metadata(), reference.tensors(), kind), reference.pixels()
+    g, placed = ggml.functions(), list[int]()
+    alloc = g.backend_tensor_alloc
+    monkeypatch.setattr(g, "backend_tensor_alloc", lambda *arguments: placed.append(1) or alloc(*arguments))
+    with load(path, use_gpu=False) as tower:
+        in_place = tower.encode(pixels)
+        # All but the positions and, where it has another type, the patch embedding.
+        assert len(placed) == len(tower._weights) - 1 - (kind != Q.F32)
+    with monkeypatch.context() as patched:
+        patched.setattr(g, "backend_dev_buffer_from_host_ptr", lambda *_: None)
+        with load(path, use_gpu=False) as tower:
+            assert np.array_equal(tower.encode(pixels), in_place)
+    monkeypatch.setattr(vision_weights, "_ALIGNMENT", 1 << 40)
+    before = len(placed)
+    with load(path, use_gpu=False) as tower:
+        assert np.array_equal(tower.encode(pixels), in_place) and len(placed) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_a_closed_tower_maps_no_file(reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "mapped.gguf", reference.metadata(), reference.tensors())
+
+    def mapped() -> bool:
+        return str(path) in Path("/proc/self/maps").read_text()
+
+    pixels = reference.pixels()
+    with load(path, use_gpu=False) as tower:
+        assert mapped()
+        expected = tower.encode(pixels)
+        path.unlink()
+        assert np.array_equal(tower.encode(pixels), expected), "a file that is removed stays until it is let go"
+    assert not mapped()
+    write_gguf(path, reference.metadata(), reference.tensors())
+    monkeypatch.setattr(ggml.functions(), "backend_alloc_ctx_tensors", lambda *_: None)
+    with pytest.raises(EngineError, match=r"no memory on .* for the vision tower of .*mapped\.gguf"):
+        load(path, use_gpu=False)
+    assert not mapped()
+
+
+def test_a_file_that_shrinks_before_it_is_mapped_is_refused(reference: Reference, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", reference.metadata(), reference.tensors())
+    gguf = GGUFFile.open(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 500)
+    cpu = ggml.functions().backend_dev_by_type(ggml.CPU)
+    with ExitStack() as stack, pytest.raises(ModelFileError, match=r"ends inside tensor .*: it shrank"):
+        vision_weights.load_weights(gguf, check_mmproj(gguf), 0, "CPU", cpu, stack)
+
+
+def test_the_digest_is_that_of_the_file(reference: Reference, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", reference.metadata(), reference.tensors())
+    with load(path) as tower:
+        assert tower.digest == file_digest(path)
+    os.utime(path, ns=(0, 0))
+    with load(path) as other:
+        assert other.digest == file_digest(path) != tower.digest
 
 
 # Legacy files
@@ -282,4 +534,4 @@ def test_a_file_that_shrinks_after_the_check_is_refused(reference: Reference, tm
         file.truncate(path.stat().st_size - 500)
     last = max(gguf.tensors.values(), key=lambda info: info.offset)
     with path.open("rb") as file, pytest.raises(ModelFileError, match=rf"ends inside tensor {last.name}"):
-        vision._read_tensor(gguf, last.name, file)
+        vision_weights.read_tensor(gguf, last.name, file)
