@@ -63,16 +63,28 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def shapes(n_layer: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, by its name in transformers up to 4.51."""
-    e, ff, kv, v = 4096, 14336, 1024, 128320
+def shapes(
+    n_layer: int, e: int = 4096, ff: int = 14336, kv: int = 1024, tied: bool = False, n_tower: int = 24
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint, by its name in transformers up to 4.51.
+
+    Args:
+        n_layer: Layers of the language model.
+        e: Its width.
+        ff: Width inside its feed-forward layers.
+        kv: Width of its keys, and of its values.
+        tied: Whether its embeddings are also its output.
+        n_tower: Layers of the vision tower.
+    """
+    v = 128320
     t: dict[str, tuple[int, ...]] = {"language_model.model.embed_tokens.weight": (v, e)}
     for i in range(n_layer):
         p = f"language_model.model.layers.{i}"
         t |= {f"{p}.self_attn.{n}_proj.weight": (kv if n in "kv" else e, e) for n in "qkvo"}
         t |= {f"{p}.mlp.{n}_proj.weight": (ff, e) for n in ("gate", "up")} | {f"{p}.mlp.down_proj.weight": (e, ff)}
         t |= {f"{p}.{n}_layernorm.weight": (e,) for n in ("input", "post_attention")}
-    t |= {"language_model.model.norm.weight": (e,), "language_model.lm_head.weight": (v, e)}
+    t |= {"language_model.model.norm.weight": (e,)}
+    t |= {} if tied else {"language_model.lm_head.weight": (v, e)}
     c, p = 1024, "vision_tower.vision_model"
     t |= {
         f"{p}.embeddings.class_embedding": (c,),
@@ -80,7 +92,7 @@ def shapes(n_layer: int) -> dict[str, tuple[int, ...]]:
         f"{p}.embeddings.position_embedding.weight": (577, c),
     }
     linears = [(f"{p}.pre_layrnorm", (c,)), (f"{p}.post_layernorm", (c,))]
-    for i in range(24):
+    for i in range(n_tower):
         b = f"{p}.encoder.layers.{i}"
         linears += [(f"{b}.self_attn.{n}", (c, c)) for n in ("q_proj", "k_proj", "v_proj", "out_proj")]
         linears += [(f"{b}.layer_norm{n}", (c,)) for n in "12"]

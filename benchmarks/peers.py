@@ -37,6 +37,8 @@ def build(target: str) -> Path:
         if shutil.which("cmake") is None:
             raise SystemExit("the peers are built with cmake (Debian: apt install cmake g++)")
         flags = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
+        # The server's web page would be fetched from the network, or built with npm.
+        flags += ("-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF")
         # GCC 12 breaks ggml's AMX kernels (llama.cpp #20824), and we run without them, too.
         flags += ("-DCMAKE_CXX_FLAGS=-mno-amx-tile -mno-amx-int8 -mno-amx-bf16",) if _has_amx() else ()
         _run("cmake", "-S", source, "-B", source / "build", *flags)

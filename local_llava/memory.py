@@ -19,7 +19,7 @@ from local_llava.llm_file import LLMConfig
 from local_llava.mmproj import TowerConfig
 from local_llava.pictures import anyres
 from local_llava.types import KVType
-from local_llava.vision import MAX_GPU_ACTIVATIONS
+from local_llava.vision import MAX_ACTIVATIONS, MAX_GPU_ACTIVATIONS
 
 KV_BYTES: Mapping[KVType, float] = {"F32": 4, "F16": 2, "Q8_0": 34 / 32}
 
@@ -124,11 +124,12 @@ def on_cpu(llm: LLMConfig, sizes: tuple[int, int], tower_bytes: int, n_ctx: int)
     return Need(sum(sizes), llm.n_layer * kv_layer(llm, n_cells, "F16"), compute + tower_bytes + PROCESS)
 
 
-def picture_bytes(tower: TowerConfig, n_pictures: int = 1) -> int:
+def picture_bytes(tower: TowerConfig, n_pictures: int = 1, on_gpu: bool = False) -> int:
     """Bytes of the intermediate results of pictures that are encoded together, and in LLaVA-NeXT of what is made of
     their tiles."""
     n_tiles = n_pictures * (anyres.most_tiles(tower.preprocessing) if tower.preprocessing.grid else 1)
-    at_once = max(tower.activation_bytes, min(n_tiles * tower.activation_bytes, MAX_GPU_ACTIVATIONS))
+    limit = MAX_GPU_ACTIVATIONS if on_gpu else MAX_ACTIVATIONS
+    at_once = max(tower.activation_bytes, min(n_tiles * tower.activation_bytes, limit))
     pixels = 3 * tower.preprocessing.image_size**2
     return at_once + 4 * n_tiles * (pixels + 2 * tower.n_tokens * tower.n_out)  # as tiles, and in order
 

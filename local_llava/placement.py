@@ -182,7 +182,7 @@ class _Choice:
             parallel + memory.OUTPUTS,
             flash_attention=kv_type != "F32" if flash is None else flash,
         )
-        tower = Need(self.tower_weights, 0, memory.picture_bytes(self.tower, parallel))
+        tower = Need(self.tower_weights, 0, memory.picture_bytes(self.tower, parallel, tower_on_gpu))
         n_cpu = self.llm.n_layer + 1 - n_gpu_layers
         cpu = Need(self.weights.on_cpu(n_gpu_layers), min(n_cpu, self.llm.n_layer) * kv, compute + memory.PROCESS)
         needs = []

@@ -25,15 +25,16 @@ from local_llava.convert import convert
 from local_llava.engine import Llava
 from local_llava.types import ModelFiles
 
-SEED, N_SCENES, N_QUESTIONS = 5, 8, 3
+SEED, N_SCENES, N_QUESTIONS = 5, 6, 3
 """Of the pictures, and how many there are with how many questions each."""
 
 MIN_RIGHT = 0.85
 """Share of right answers; the model gives 93 % in F16, of any questions."""
 MAX_FEATURES = 5e-3
 """Relative L2 distance of the image embeddings that a GPU computes from the CPU's."""
-MAX_LOGITS = 2e-2
-"""Largest difference of a logit, of logits whose standard deviation is about 4."""
+MAX_LOGITS = 0.15
+"""Largest difference of a logit, of logits whose standard deviation is 3.8. Where GPUs sum in float16, as Vulkan's
+backend lets them, it is 0.04; what is wrong differs by more than 1."""
 MIN_SAME = 0.95
 """Share of answers that are the same, word by word: where two tokens are all but equally likely, either may come."""
 

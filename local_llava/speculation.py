@@ -246,7 +246,7 @@ class Guesses:
         self._learn(answer)
         most = min(most, MAX_GUESSED)
         self._last, self._n_then = self._candidates(most) if most > 0 else [], len(answer)
-        costs = self._costs.up_to(most + 1)
+        costs = self._costs.up_to(most + 1) if any(guess.tokens for guess in self._last) else []
         if not costs:
             return []
         best, tokens = (1 - _MARGIN) * costs[0], list[int]()

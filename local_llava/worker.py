@@ -59,7 +59,6 @@ class Ticket(Generic[T]):
             self._on_end()
             self._put(_End(error))
 
-
     def drop(self) -> None:
         """The work is left off, since it was cancelled, or the worker closes."""
         self.end(_closed_error() if self._is_closed() else None)
@@ -186,7 +185,7 @@ class Worker:
             raise UsageError(CLOSED)
         if bounded and self._n_open >= self._max_open:
             raise BusyError(
-                f"busy: {self._n_open} questions wait or are being answered, as many as may (max_waiting); try again later"
+                f"busy: {self._n_open} questions wait or are answered, all that max_waiting allows; try again later"
             )
 
     def _order(self, start: Callable[[Ticket[T]], None], put: Callable[[T | _End], None], bounded: bool) -> Ticket[T]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from local_llava.types import ModelFiles
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures_in_the_home_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -14,6 +16,15 @@ def _no_pictures_in_the_home_directory(tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_LLAVA_CACHE", str(tmp_path_factory.mktemp("pictures")))
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """The built-in model, with nothing rounded."""
+    from local_llava.convert import convert
+
+    checkpoint = Path(__file__).parent.parent / "models" / "tiny-llava"
+    return convert(checkpoint, tmp_path_factory.mktemp("tiny"), quant="F32", mmproj_quant="F32")
 
 
 @pytest.fixture

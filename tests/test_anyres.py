@@ -21,14 +21,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from local_llava import ImageError, Llava, Message, PromptError, UsageError, generation, memory
+from local_llava import ImageError, Llava, Message, PromptError, UsageError, embeddings
 from local_llava.convert import convert
-from local_llava.gguf_file import GGUFFile
 from local_llava.images import preprocess, preprocess_tiles, with_mode
-from local_llava.llm_file import check_llm
-from local_llava.mmproj import check_mmproj
 from local_llava.pictures.anyres import Arrangement, arrangement, best_resolution, cut, most_tiles, most_tokens
-from local_llava.types import ModelFiles, Options, Preprocessing
+from local_llava.request import Picture
+from local_llava.types import ModelFiles, Preprocessing
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -322,7 +320,7 @@ def test_equal_tiles_of_different_sizes_are_different_pictures(llava: Llava) -> 
     """Black amid black padding: the tiles are equal, but not what is left out of them."""
     low, high = Image.new("RGB", (56, 40)), Image.new("RGB", (56, 50))
     how = llava._tower.preprocessing
-    one, other = (generation.Picture.of(preprocess_tiles(i, how), llava._arrangement(i.size, how)) for i in (low, high))
+    one, other = (Picture.of(preprocess_tiles(i, how), llava._arrangement(i.size, how)) for i in (low, high))
     assert np.array_equal(one.pixels, other.pixels) and one.digest != other.digest
     a, b = llava.embed_images([low, high])
     assert len(a) == one.arrangement.n_tokens != len(b) == other.arrangement.n_tokens
@@ -371,26 +369,15 @@ def test_known_pictures_are_bounded_in_bytes(pair: Pair, monkeypatch: pytest.Mon
     pictures = [noise(60 + i, 50) for i in range(6)]
     with pair.load() as llava:
         one = np.asarray(llava.embed_images(pictures[0])[0])
-        monkeypatch.setattr(generation, "KNOWN_BYTES", 3 * one.nbytes + 1)
+        monkeypatch.setattr(embeddings, "KNOWN_BYTES", 3 * one.nbytes + 1)
         llava.embed_images(pictures)
-        known = llava._context._known
-        assert len(known) == 3 and sum(e.nbytes for e in known.values()) <= generation.KNOWN_BYTES
+        known = llava._scheduler._encoder._known
+        assert len(known) == 3 and sum(e.nbytes for e in known.values()) <= embeddings.KNOWN_BYTES
         assert all(e.base is None for e in known.values()), "a view would keep all of a batch"
         assert np.array_equal(llava.embed_images(pictures[0])[0], one)
-        monkeypatch.setattr(generation, "KNOWN_BYTES", 0)
+        monkeypatch.setattr(embeddings, "KNOWN_BYTES", 0)
         assert llava.ask("?", pictures, max_tokens=1, preprocess="pad").timings.images_encoded == 6
         assert not known
-
-
-def test_no_context_is_chosen_that_a_picture_fills(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = check_llm(GGUFFile.open(pair.files.model))
-    totals = {n: memory.need(config, pair.files.sizes, 0, n, Options()).total for n in (2048, 4096)}
-    monkeypatch.setattr(memory, "available", lambda: totals[2048])
-    assert memory.choose_n_ctx(config, pair.files, 0, Options(), picture=576) == 2048
-    with pytest.raises(Exception, match="needed for a context of 4096 tokens"):
-        memory.choose_n_ctx(config, pair.files, 0, Options(), picture=2928)
-    tower = check_mmproj(GGUFFile.open(pair.files.mmproj))
-    assert memory.picture_bytes(tower) > 5 * tower.activation_bytes
 
 
 def test_the_class_token_has_no_place_in_a_grid() -> None:

@@ -31,6 +31,7 @@ from local_llava.default_chats import LLAMA3_CHAT, PHI3_CHAT, QWEN2_CHAT, VICUNA
 from local_llava.errors import ModelFileError
 from local_llava.gguf_file import GGUFFile
 from local_llava.llm import LLM
+from local_llava.llm.rows import Rows
 from local_llava.llm_file import check_llm
 from local_llava.mmproj import check_mmproj
 from local_llava.sentencepiece import TextRun
@@ -75,10 +76,12 @@ QUESTION = TextRun(("hello <|eot_id|> 123", "! hell"))
 
 
 def evaluate(path: Path) -> tuple[list[int], NDArray[np.float32], list[bool], list[bytes]]:
-    llm = LLM.load(path, n_ctx=256, n_threads=1, kv_type="F32")
+    llm = LLM.load(path, n_cells=256, n_threads=1, kv_type="F32")
     try:
         tokens = llm.tokenize(QUESTION)
-        llm.decode([llm.config.vocab.bos, *tokens], last=True)
+        rows = Rows()
+        rows.add(0, 0, [llm.config.vocab.bos, *tokens], "last")
+        llm.decode(rows)
         logits = llm.logits().copy()
         ends = [llm.ends_turn(i) for i in range(llm.config.n_vocab)]
         return tokens, logits, ends, [llm.piece(i) for i in range(llm.config.n_vocab)]
@@ -117,7 +120,7 @@ def test_a_pre_tokenizer_that_is_only_guessed_splits_otherwise(tmp_path: Path) -
     del model.entries["tokenizer.ggml.pre"]
     path = tmp_path / "m.gguf"
     path.write_bytes(model.bytes)
-    llm = LLM.load(path, n_ctx=256, n_threads=1)
+    llm = LLM.load(path, n_cells=256, n_threads=1)
     assert [texts[i] for i in llm.tokenize(TextRun(("1234",)))] == ["123", "4"]
     llm.close()
 
@@ -218,7 +221,7 @@ def test_qwen2(tmp_path: Path) -> None:
     assert (vocab.bos, vocab.add_bos, vocab.pre, vocab.eot) == (-1, False, "qwen2", texts.index("<|im_end|>"))
     del model.entries["tokenizer.ggml.add_bos_token"]
     assert check_llm(corrected(read(path, model.bytes)).gguf).vocab.add_bos is False
-    llm = LLM.load(path, n_ctx=256, n_threads=1)
+    llm = LLM.load(path, n_cells=256, n_threads=1)
     assert llm.tokenize(TextRun(("e\u0301",))) == llm.tokenize(TextRun(("é",))) == [259]
     llm.close()
     model.entries["tokenizer.ggml.add_bos_token"] = ("bool", True)
@@ -258,7 +261,7 @@ def test_what_llama_cpp_reads_for_itself(tmp_path: Path) -> None:
     with pytest.raises(
         ModelFileError, match=r"token_type is stored as arr\[u32\]; .*`local-llava repair` makes a file"
     ):
-        LLM.load(path, n_ctx=256, n_threads=1)
+        LLM.load(path, n_cells=256, n_threads=1)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +463,7 @@ def test_what_passes_loads(tmp_path: Path) -> None:
         path.write_bytes(model.bytes)
         with pytest.raises(ModelFileError):
             check_llm(GGUFFile.open(path))
-        llm = LLM.load(path, n_ctx=256, n_threads=1)
+        llm = LLM.load(path, n_cells=256, n_threads=1)
         assert c.llama_vocab_eot(llm._vocab) == 263
         assert c.llama_vocab_bos(llm._vocab) == 259
         assert llm.ends_turn(263)

@@ -1,13 +1,10 @@
-"""The Python API on tiny-llava: chat, streams, event loops, options, reuse, memory."""
+"""The Python API on tiny-llava: chat, streams, event loops, options, reuse."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -22,11 +19,9 @@ from gguf_bytes import TinyLLM
 from llava_checkpoints import TINY, random_model, save
 from PIL import Image
 
-from local_llava import EngineError, Llava, Message, Options, PromptError, UsageError, memory
+from local_llava import EngineError, Llava, Message, Options, PromptError, UsageError
 from local_llava.convert import convert
-from local_llava.gguf_file import GGUFFile
 from local_llava.llm import LLM
-from local_llava.llm_file import check_llm
 from local_llava.schema.compiler import compile_schema
 from local_llava.types import ModelFiles
 
@@ -111,46 +106,16 @@ def test_a_context_that_cannot_be_cut_is_made_anew(
     llava: Llava, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp may refuse to forget a part; then all is forgotten, pictures that were held included."""
-    first = llava.ask(QUESTION, scene)
-    truncate = llava._llm.truncate
+    first = llava.ask(QUESTION, scene, max_tokens=5)
+    keep = llava._llm.keep
 
-    def refuse(n: int) -> bool:
-        truncate(0)
+    def refuse(sequence: int, n: int) -> bool:
+        keep(sequence, 0)
         return False
 
-    monkeypatch.setattr(llava._llm, "truncate", refuse)
-    again = llava.ask(QUESTION, scene)
-    assert again.tokens == first.tokens and again.timings.reused_tokens == 0
-
-
-def test_a_chat_computes_only_what_is_new(llava: Llava, scene: Image.Image) -> None:
-    llava.ask("Something else.", picture(12))
-    first = llava.ask(QUESTION, scene)
-    assert first.timings.images_encoded <= 1
-    turns = [
-        Message("user", QUESTION, (scene,)),
-        Message("assistant", first.text),
-        Message("user", "Is there a circle?"),
-    ]
-    second = llava.chat(turns)
-    t = second.timings
-    assert t.images_encoded == 0
-    # Everything but the end of the first answer's turn, and the second question.
-    assert t.reused_tokens >= first.timings.prompt_tokens + len(first.tokens) - 1
-    assert t.prompt_tokens > t.reused_tokens
-    with Llava.load(llava.files.model, llava.files.mmproj, kv_type="F32", n_threads=1) as fresh:
-        alone = fresh.chat(turns)
-        assert alone.timings.reused_tokens == 0 and alone.timings.images_encoded == 1
-        assert alone.text == second.text and alone.tokens == second.tokens
-
-
-def test_another_picture_is_never_taken_for_the_first(llava: Llava, scene: Image.Image) -> None:
-    other = picture(8)
-    a, b = llava.ask(QUESTION, scene), llava.ask(QUESTION, other)
-    assert b.timings.reused_tokens < a.timings.prompt_tokens - a.timings.image_tokens
-    assert a.text != b.text
-    again = llava.ask(QUESTION, scene)
-    assert again.text == a.text and again.timings.images_encoded == 0, "known, though not in the context any more"
+    monkeypatch.setattr(llava._llm, "keep", refuse)
+    again = llava.ask(QUESTION, scene, max_tokens=5)
+    assert again.tokens == first.tokens and again.timings.images_encoded == 0
 
 
 def test_more_pictures_than_are_kept(files: ModelFiles) -> None:
@@ -234,7 +199,7 @@ def test_defaults_come_from_loading(files: ModelFiles, scene: Image.Image) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"colour": 1}, "no option is called 'colour'; there are flash_attention, json_schema"),
+        ({"colour": 1}, "no option is called 'colour'; there are flash_attention, image_cache,"),
         ({"n_ctx": 64}, "n_ctx is settled when the model is loaded"),
         ({"temperature": -1}, "temperature must be 0 to 100, not -1"),
         ({"temperature": float("nan")}, "temperature must be 0 to 100, not nan"),
@@ -321,32 +286,7 @@ def test_pydantic_models_come_back_as_instances(llava: Llava, scene: Image.Image
         llava.ask(QUESTION, scene, json_schema={"not": {}})
 
 
-# --- memory ---
-
-
-def test_the_estimate_covers_what_llama_cpp_takes(tmp_path: Path) -> None:
-    """Resident memory of a process that loads and asks, beyond that of the same process without a model."""
-    text = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 8}
-    text |= {"num_key_value_heads": 8, "max_position_embeddings": 8192}
-    checkpoint = save(random_model(text), tmp_path / "checkpoint")
-    files = convert(checkpoint, tmp_path / "out", quant="F16")
-    script = (
-        "import sys, psutil, os\n"
-        "from local_llava import Llava, memory, engine, llm\n"
-        "from PIL import Image\n"
-        "me = psutil.Process()\n"
-        "before = me.memory_info().rss\n"
-        "with Llava.load(sys.argv[1], sys.argv[2], n_ctx=8192, n_threads=1) as llava:\n"
-        "    llava.ask('word ' * 200, Image.new('RGB', (40, 30)), max_tokens=2)\n"
-        "    print(me.memory_info().rss - before)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(files.model), str(files.mmproj)], capture_output=True, text=True, check=True
-    )
-    taken = int(done.stdout)
-    config = check_llm(GGUFFile.open(files.model))
-    needed = memory.need(config, files.sizes, 1 << 20, 8192, Options())
-    assert taken <= needed.total <= 2 * taken, (taken, needed)
+# --- loading ---
 
 
 def test_llama_cpps_own_reason_is_told(tmp_path: Path) -> None:
@@ -356,40 +296,4 @@ def test_llama_cpps_own_reason_is_told(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(model.bytes)
     with pytest.raises(EngineError, match=r"m\.gguf: llama\.cpp cannot load it: .*normalizer\.lowercase"):
-        LLM.load(path, n_ctx=256, n_threads=1)
-
-
-def test_too_little_memory_is_told_with_the_numbers(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = check_llm(GGUFFile.open(files.model))
-    monkeypatch.setattr(memory, "available", lambda: 50_000_000)
-    with pytest.raises(EngineError) as error:
-        memory.choose_n_ctx(config, files, 0, Options())
-    message = str(error.value)
-    for part in ("needed for a context of 1024 tokens", "weights 0.0 GB", "KV cache", "0.1 GB are free"):
-        assert part in message
-
-
-def test_a_shorter_context_is_chosen_where_the_longest_does_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
-    files = convert(save(random_model({"max_position_embeddings": 100_000}), tmp_path / "checkpoint"), tmp_path / "out")
-    config = check_llm(GGUFFile.open(files.model))
-    totals = {n: memory.need(config, files.sizes, 0, n, Options()).total for n in (2048, 4096, 8192)}
-    for n_ctx, total in totals.items():
-        monkeypatch.setattr(memory, "available", lambda total=total: total)
-        assert memory.choose_n_ctx(config, files, 0, Options()) == n_ctx
-        with pytest.raises(EngineError, match="for a context of 100000 tokens"):
-            memory.choose_n_ctx(config, files, 0, Options(n_ctx=100_000))
-    with pytest.raises(UsageError, match="n_ctx must be 1 to 100000"):
-        memory.choose_n_ctx(config, files, 0, Options(n_ctx=100_001))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="ulimit")
-def test_a_limit_of_the_process_counts(files: ModelFiles) -> None:
-    command = f"ulimit -v 1500000; exec {sys.executable} -m local_llava.cli ask --model {files.model} --n-ctx 1024 hi"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ})
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 1)
-    command = (
-        "ulimit -v 1500000; exec " + sys.executable + " -c 'from local_llava import memory; print(memory.available())'"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert 0 < json.loads(done.stdout) < 1_500_000 * 1024
+        LLM.load(path, n_cells=256, n_threads=1)

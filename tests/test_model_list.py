@@ -18,7 +18,6 @@ from local_llava.gguf_file import GGUFFile
 from local_llava.llm_file import check_llm
 from local_llava.mmproj import check_mmproj
 from local_llava.model_list import ModelEntry
-from local_llava.types import Options
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny-llava"
@@ -158,7 +157,7 @@ def test_sizes_are_those_of_the_converter(quant: str, tmp_path: Path) -> None:
 def test_memory_is_that_which_loading_reckons_with(tmp_path: Path) -> None:
     files = prepare(TINY, tmp_path, quant="Q8_0").write()
     llm, tower = check_llm(GGUFFile.open(files.model)), check_mmproj(GGUFFile.open(files.mmproj))
-    need = memory.need(llm, files.sizes, memory.picture_bytes(tower), llm.n_ctx_train, Options(n_gpu_layers=0))
+    need = memory.on_cpu(llm, files.sizes, memory.picture_bytes(tower), llm.n_ctx_train)
     size = model_sizes.size(tiny_entry(), "Q8_0")
     assert size.n_ctx == llm.n_ctx_train
     assert size.memory - size.files == need.total - need.weights

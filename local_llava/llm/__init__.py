@@ -24,7 +24,16 @@ from local_llava.detokenizer import ByteLevelDetokenizer, Detokenizer, SentenceP
 from local_llava.devices import physical_cores
 from local_llava.errors import EngineError, PromptError
 from local_llava.gguf_file import GGUFFile
-from local_llava.llm.native import KV_TYPES, Settings, first_error, forget_error, load_model, new_context, start
+from local_llava.llm.native import (
+    KV_TYPES,
+    Settings,
+    first_error,
+    forget_error,
+    load_model,
+    new_context,
+    note_stop,
+    start,
+)
 from local_llava.llm.rows import Rows
 from local_llava.llm.sampler import Sampler
 from local_llava.llm_file import LLMConfig, check_llm
@@ -50,6 +59,12 @@ class _Stop:
     """Who is asked whether to leave off."""
 
     asked: Callable[[], bool] | None = None
+
+    def wanted(self) -> bool:
+        wanted = self.asked is not None and self.asked()
+        if wanted:
+            note_stop()
+        return wanted
 
 
 class InterruptedDecodeError(Exception):
@@ -81,7 +96,7 @@ class LLM:
         self.n_cells, self.n_seq_max, self.n_batch = settings.n_cells, settings.n_seq_max, settings.n_batch
         # llama.cpp keeps the pointer to the callback, which must not keep the model.
         self._stop = stop = _Stop()
-        self._abort_callback = c.ggml_abort_callback(lambda _: stop.asked is not None and stop.asked())
+        self._abort_callback = c.ggml_abort_callback(lambda _: stop.wanted())
         self._sequence_ids = np.arange(self.n_seq_max, dtype=np.int32)
 
     @classmethod

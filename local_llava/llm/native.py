@@ -20,9 +20,18 @@ _first_error = ""
 """What llama.cpp logged first in the call under way: it names the reason, and the lines after it only the caller."""
 
 
+_ERROR, _DEBUG = 4, 1
+"""`enum ggml_log_level`."""
+
+_stopped = False
+"""Whether the call under way was told to leave off, which llama.cpp logs as an error."""
+
+
 def _on_log(level: int, text: bytes, user_data: object) -> None:
     global _first_error
-    if level == 4 and not _first_error:
+    if level == _ERROR and _stopped:
+        level = _DEBUG
+    if level == _ERROR and not _first_error:
         _first_error = " ".join(text.decode("utf-8", "replace").split())[:500]
     ggml.on_log(level, text, None)
 
@@ -34,8 +43,14 @@ def first_error() -> str:
 
 def forget_error() -> None:
     """A new call begins."""
-    global _first_error
-    _first_error = ""
+    global _first_error, _stopped
+    _first_error, _stopped = "", False
+
+
+def note_stop() -> None:
+    """The call under way is told to leave off."""
+    global _stopped
+    _stopped = True
 
 
 # llama.cpp keeps the pointer: it must live as long as the process.
