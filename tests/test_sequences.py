@@ -451,6 +451,16 @@ def test_where_there_is_no_room_beside_it_the_source_is_cut() -> None:
     assert cut.reserved == 6 and case.sequences.n_free == 0
 
 
+def test_what_a_running_one_shares_is_not_freed_by_a_cut() -> None:
+    case = Case(n_cells=12)
+    case.retire([1, A, 2, 2, 2, 2])
+    running = case.sequences.begin([1, A, 2, 2, 2, 1], 0)
+    assert running is not None and running.n_past == 9 and case.sequences.n_free == 1
+    # Three cells more than what there is of it: one is free, one would be, and the others are the running one's.
+    assert case.sequences.begin([1, A, 1, 1, 1], 0) is None and case.sequences.n_free >= 0
+    assert case.sequences.begin([1, A, 1, 1], 0) is not None and case.sequences.n_free == 0
+
+
 def test_no_room_is_taken_from_what_runs() -> None:
     case = Case(n_cells=12)
     running = case.ask([1, 1], n_new=6)
