@@ -19,7 +19,7 @@ from gguf_bytes import TinyLLM
 from llava_checkpoints import TINY, random_model, save
 from PIL import Image
 
-from local_llava import EngineError, Llava, Message, Options, PromptError, UsageError
+from local_llava import EngineError, Llava, Options, PromptError, UsageError
 from local_llava.convert import convert
 from local_llava.llm import LLM
 from local_llava.schema.compiler import compile_schema

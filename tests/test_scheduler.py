@@ -427,11 +427,11 @@ def test_a_prompt_that_is_being_read_is_cut(llava: Llava, batches: Batches, capl
 
     def leave(done: int, total: int) -> None:
         if done >= 64:
+            assert hold.reached.wait(60)
             raise LeftError
         assert total > 300
 
     asked = Asking(lambda: llava.ask("C: " + LONG, on_prefill=leave))
-    assert hold.reached.wait(60)
     assert isinstance(asked.error, LeftError)
     hold.release()
     wait_until(lambda: is_idle(llava))
@@ -613,6 +613,25 @@ def test_closing_ends_every_answer(tiny: ModelFiles, monkeypatch: pytest.MonkeyP
         with pytest.raises(UsageError, match="the model is closed"):
             llava.embed_images(picture(1))
         llava.close()
+
+
+def test_closing_in_the_midst_of_a_step(tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which then looks for what was cancelled: an answer that is broken off must not look complete."""
+    llava = Llava.load(tiny.model, tiny.mmproj, n_threads=1)
+    never_end(llava, monkeypatch)
+    stream = llava.stream(QUESTION, max_tokens=900)
+    next(stream)
+    drop = llava._scheduler._drop_cancelled
+
+    def late() -> None:
+        threading.Thread(target=llava.close).start()
+        wait_until(lambda: llava._worker._closed)
+        drop()
+
+    monkeypatch.setattr(llava._scheduler, "_drop_cancelled", late)
+    with pytest.raises(EngineError, match="closed"):
+        list(stream)
+    llava.close()
 
 
 def test_a_block_closes(tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

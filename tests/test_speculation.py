@@ -20,7 +20,9 @@ from test_schema_constraint import Model, vocabulary
 
 from local_llava import Llava, Message, Options, Reply, UsageError
 from local_llava.convert import convert
+from local_llava.llm import Rows
 from local_llava.request import Request, Shown, Unit
+from local_llava.run import Run
 from local_llava.schema.compiler import compile_schema
 from local_llava.schema.constraint import Constraint, Vocabulary
 from local_llava.speculation import MAX_GUESSED, Guesser, Guesses, _Costs
@@ -75,7 +77,15 @@ def wild(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lengths.append(len(tokens))
         return tokens
 
+    plan_tokens = Run.plan_tokens
+
+    def plan(self: Run, rows: Rows) -> None:
+        plan_tokens(self, rows)
+        # The last token of an answer is not evaluated, and limit counts it.
+        assert self.sequence.n_past + self.n_planned <= self.total + self.limit - 1
+
     monkeypatch.setattr(Guesses, "next", guess)
+    monkeypatch.setattr(Run, "plan_tokens", plan)
     return lengths
 
 

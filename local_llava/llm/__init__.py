@@ -278,6 +278,7 @@ class LLM:
             raise InterruptedDecodeError
         if status != 0:
             raise EngineError(f"llama.cpp cannot evaluate {n} tokens (status {status}): {first_error()}")
+        c.llama_synchronize(self._context)  # a GPU may still be at it, and how long a batch takes is measured
 
     def logits(self, row: int = -1) -> NDArray[np.float32]:
         """The logits after a row of the last batch that has `output`: float32 [n_vocab].

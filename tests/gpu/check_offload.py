@@ -219,7 +219,7 @@ print(json.dumps([reply.text, asdict(reply.timings)]))
 def ask_in_a_process(tmp_path: Path, pairs: dict[str, ModelFiles], questions: list[Question]) -> Iterator[Any]:
     picture = tmp_path / "picture.png"
     questions[0].picture.save(picture)
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "LOCAL_LLAVA_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, "LOCAL_LLAVA_CACHE": str(tmp_path / "cache")}
 
     def ask(question: Question, layers: str) -> tuple[str, dict[str, Any]]:
         files = pairs["F16"]
