@@ -201,6 +201,20 @@ class Worker:
             self._n_open -= 1
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            closed = _closed_error()
+            with self._lock:
+                self._closed = True  # also after a defect of the loop itself
+            try:
+                self._work.fail(closed)
+            finally:
+                while not self._orders.empty():
+                    if (order := self._orders.get()) is not None:
+                        order[1].end(closed)
+
+    def _loop(self) -> None:
         busy = False
         while not self._closed:
             try:
@@ -212,11 +226,6 @@ class Worker:
                 pass
             if not self._closed:
                 busy = self._step()
-        closed = _closed_error()
-        self._work.fail(closed)
-        while not self._orders.empty():
-            if (order := self._orders.get()) is not None:
-                order[1].end(closed)
 
     def _take(self, start: Callable[[Ticket[Any]], None], ticket: Ticket[Any]) -> None:
         if ticket.cancelled:

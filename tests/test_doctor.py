@@ -183,7 +183,7 @@ def test_a_gpu_that_computes_otherwise_fails_it(wrong: str, run: Any, monkeypatc
         features, logits, texts = given.features, given.logits, given.texts
         if layers == "all":
             features = features * np.float32(1.01) if wrong == "image embeddings" else features
-            logits = logits + np.float32(0.1) if wrong == "logits" else logits
+            logits = logits + np.float32(0.2) if wrong == "logits" else logits
             texts = [text.upper() for text in texts] if wrong == "answers" else texts
         return selftest._Answers(features, logits, texts)
 

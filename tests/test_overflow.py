@@ -118,6 +118,7 @@ def test_the_last_turn_may_fill_the_context(llava: Llava) -> None:
     assert N_CTX - N_CTX // 4 < alone.timings.prompt_tokens < N_CTX
     reply = llava.chat([*conversation(3)[1:-1], last], overflow="drop_oldest")
     assert reply.dropped == 6 and reply.tokens == alone.tokens
+    assert reply.timings.image_tokens == reply.timings.images_encoded == 0
 
 
 def test_a_schema_has_its_room(llava: Llava) -> None:
