@@ -4,12 +4,12 @@ on the CPU.
     python scripts/vulkan.py            # install, build (7 minutes on two cores, once), check
     python scripts/vulkan.py --build    # without the checks
     python scripts/vulkan.py --check    # only those: tests/gpu, and `local-llava doctor --self-test`
-    python scripts/vulkan.py --check -k prefix
+    python scripts/vulkan.py --check -k second    # some of them
 
 It is not part of `make test`. What it makes lies in one folder outside the repository, `--dir`; deleting that undoes
-all but the Debian packages, which are installed only where it runs as root. Debian 12 and 13, and Ubuntu with headers
-of Vulkan 1.4, are known to work; elsewhere, install a Vulkan loader, headers, glslc, the SPIR-V headers and Mesa's
-drivers by hand. On a machine with a real GPU, run `pytest tests/gpu/check_offload.py` with a build for that GPU.
+all but the Debian packages, which are installed only where it runs as root. Checked on Debian 12; its headers of Vulkan
+are too old for ggml, which needs 1.4, so those of Debian 13 are unpacked beside the venv. On a machine with a real GPU,
+run `pytest tests/gpu/check_offload.py` with a build for that GPU.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mesa-vulkan-drivers", "libvulkan-dev", "glslc", "spirv-headers")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-NEEDED = (1, 4)
-"""Version of Vulkan's headers that ggml's backend is written against; Debian 12 has 1.3.239, Debian 13 1.4.309."""
 
 
 def main() -> int:
@@ -58,7 +56,7 @@ def headers(folder: Path) -> Path:
     """A folder with headers that are new enough: the system's, or those of Debian 13, unpacked but not installed."""
     for include in (Path("/usr/include"), folder / "headers/usr/include"):
         core = include / "vulkan/vulkan_core.h"
-        found = re.search(r"VULKAN_API_VERSION_1_4 ", core.read_text()) if core.exists() else None
+        found = re.search(r"\bVK_API_VERSION_1_4\b", core.read_text()) if core.exists() else None
         if found and (include / "vulkan/vulkan.hpp").exists():
             return include
     apt = folder / "apt"  # its own lists and cache: the system's stay as they are

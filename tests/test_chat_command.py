@@ -240,7 +240,7 @@ def test_a_schema_from_a_file(pair: ModelFiles, scenes: list[Path], tmp_path: Pa
         (("--logprobs", "3", "x"), "--logprobs are reported with --json only"),
         (("--preprocess", "stretch", "x"), "--preprocess must be one of checkpoint, pad, crop"),
         (("--threads", "0", "x"), "--threads must be 1 to 512, not 0"),
-        (("--kv-type", "Q4_0", "x"), "--kv-type must be one of F32, F16, Q8_0"),
+        (("--kv-type", "Q4_0", "x"), "--kv-type must be one of auto, F32, F16, Q8_0"),
         (("--max-tokens", "0", "x"), "--max-tokens must be 1 to"),
         (("--stop", "", "x"), "--stop must be texts that are not empty"),
         (("https://example.org/cat.png",), "a question must follow the pictures"),
