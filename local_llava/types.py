@@ -157,8 +157,8 @@ class Options:
                 continue
             whole = name not in ("temperature", "top_p", "min_p", "repeat_penalty", "max_stall")
             if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
-                kind = "a whole number, or auto" if name == "n_gpu_layers" else "a whole number" if whole else "a number"
-                raise UsageError(f"{name} must be {kind}, not {value!r:.40}")
+                words = ("a whole number" if whole else "a number") + (", or auto" if name == "n_gpu_layers" else "")
+                raise UsageError(f"{name} must be {words}, not {value!r:.40}")
             if not low <= value <= high:
                 raise UsageError(f"{name} must be {low:g} to {high:g}, not {value!r:.40}")
         for name, kind in self.CHOICES.items():
