@@ -264,9 +264,8 @@ def stall(s: Setting) -> None:
     gaps: dict[str, list[float]] = {}
     firsts: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        options = {"parallel": s.slots, "max_stall": 0.5}
         sides: list[Side] = [
-            stack.enter_context(engine_peers.child("ours", s.files, s.directory, s.threads, **options)),
+            stack.enter_context(engine_peers.child("ours", s.files, s.directory, s.threads, parallel=s.slots)),
             stack.enter_context(engine_peers.server(s.files, s.directory, s.threads, s.slots)),
         ]
         for repeat in range(s.repeats):
@@ -277,7 +276,7 @@ def stall(s: Setting) -> None:
                 firsts.setdefault(side.name, []).append(other.first_s)
                 print(f"  {side.name}: {len(answer.arrivals)} tokens meanwhile", flush=True)
     peer = "llama-server"
-    ratio("stall of a running answer (max_stall 0.5)", gaps["ours"], peer, gaps[peer], "none")
+    ratio("stall of a running answer", gaps["ours"], peer, gaps[peer], "none")
     ratio("first token of the other's picture", firsts["ours"], peer, firsts[peer], "none")
 
 

@@ -35,6 +35,7 @@ class Run:
         encoding: Those on their way.
         n_encoded: Pictures that had to go through the tower.
         n_planned: Rows that the batch under way has of it.
+        planned_at: The last batch that had tokens of its answer.
         row: The batch's row whose logits the next token is taken from.
         restored: Tokens that came from disk.
     """
@@ -49,7 +50,7 @@ class Run:
         # The last token of an answer need not be evaluated.
         self.limit = min(request.options.max_tokens, n_ctx - self.total + 1)
         self.reading = True
-        self.offset = self.n_planned = self.row = self.n_encoded = self.restored = 0
+        self.offset = self.n_planned = self.planned_at = self.row = self.n_encoded = self.restored = 0
         self.embeddings: Embeddings | None = None
         self.encoding: Encoding | None = None
         self._next: list[int] = []

@@ -3,10 +3,11 @@
 Knows the language model, the encoder and the order of things; runs in the thread that owns both models (`worker`).
 What the KV cache holds is `sequences`'s, sampling `answer`'s. Knows no picture files and no chat format.
 
-A step is one batch. Every running answer has its next token in it, and prompts that are still read fill the rest, so
-that both share one pass over the weights; while answers run, the rest is only so large that they need not wait longer
-than `max_stall`. Pictures go through the tower before, in pieces that are bounded likewise. The oldest prompt has the
-first claim on half of the room; then come those that need little: a short question does not wait for a long one.
+A step is one batch. Running answers have their next tokens in it, and prompts that are still read fill the rest, so
+that both share one pass over the weights, or take turns where that is faster (`pace`); while answers run, the prompts'
+part is only so large that they need not wait longer than `max_stall`. Pictures go through the tower before, in pieces
+that are bounded likewise. The oldest prompt has the first claim on half of the room; then come those that need little:
+a short question does not wait for a long one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from local_llava.embeddings import Encoder, Encoding
 from local_llava.errors import EngineError
 from local_llava.llm import LLM, InterruptedDecodeError, Rows
+from local_llava.pace import MIN_MEASURED, Pace, shares
 from local_llava.picture_store import PictureStore
 from local_llava.request import Picture, Progress, Request, Unit, n_tokens
 from local_llava.run import Run
@@ -38,15 +40,8 @@ ALONE_S = 1.0
 prompt's tokens has all the rows that it may have then, since fewer are evaluated more slowly: by a fifth with 32 of
 them, by a hundredth with 256."""
 
-_TILES = (16, 4)
-"""Rows that kernels of quantized weights take at once on CPUs; what is left over is dearer. 16 rows take less time than
-12, and half as much again as 8."""
-
 _WORTH_WAITING = 32
 """Tokens that a prompt must save by waiting for another one, which reads the same beginning, to be read first."""
-
-_MIN_MEASURED = 16
-"""Rows of a batch from which on it says how long a row of a prompt takes; smaller ones are ruled by other costs."""
 
 
 class Scheduler:
@@ -80,7 +75,8 @@ class Scheduler:
         self._running: list[Run] = []
         self._suspects: list[Run] = []
         self._only_encoding: deque[tuple[Encoding, Ticket[Any]]] = deque()
-        self._row_s = 0.0
+        self._pace = Pace(llm.n_batch, max_stall, llm.on_cpu)
+        self._n_planned = self._prompts_planned_at = 0
         self._guesser = Guesser()
 
     def add(self, request: Request, ticket: Ticket[Any]) -> None:
@@ -212,7 +208,8 @@ class Scheduler:
             return
         started = time.perf_counter()
         try:
-            self._llm.decode(rows, _all_cancelled(planned) if len(rows) >= _MIN_MEASURED else None)
+            stop = _all_cancelled(planned) if len(rows) >= MIN_MEASURED else None
+            self._llm.decode(rows, stop, self._sequences.n_unused - len(rows))
         except InterruptedDecodeError:
             self._restart(planned)
             return
@@ -220,47 +217,47 @@ class Scheduler:
             self._recover(planned, e)
             return
         seconds = time.perf_counter() - started
-        self._measure(len(rows), seconds)
+        self._pace.note(len(rows), seconds)
         if not any(run.reading for run in planned):
             self._guesser.measure(len(rows), seconds)
+            if len(rows) == len(planned):
+                self._pace.note_answers(len(rows), seconds)
         self._suspects = [run for run in self._suspects if run not in planned]
         for run in planned:
             with self._failing(run):
                 self._advance(run)
 
-    def _measure(self, n_rows: int, seconds: float) -> None:
-        """Learn how long a row of a prompt takes."""
-        row_s = seconds / n_rows
-        if n_rows >= _MIN_MEASURED:
-            self._row_s = 0.7 * self._row_s + 0.3 * row_s if self._row_s else row_s
-        else:  # a small batch takes longer for each row; after a pause of the whole computer, this finds back
-            self._row_s = min(self._row_s, row_s)
-
     def _plan(self, rows: Rows, planned: list[Run], spent: float) -> None:
-        answering = [run for run in self._running if not run.reading]
+        """Choose what goes into a batch: the answers that waited longest, and prompts once all had a turn."""
+        answering = sorted((run for run in self._running if not run.reading), key=lambda run: run.planned_at)
         reading = [r for r in self._running if r.reading and not self._waits(r) and r.embeddings is not None]
-        for run in answering:
+        self._n_planned += 1
+        n_together = self._pace.together(len(answering))
+        group, others = answering[:n_together], answering[n_together:]
+        room = 0
+        if reading and self._had_turn(others):
+            room = self._pace.room(len(group), len(answering), spent)
+            if not self._pace.share(len(group), room):
+                if self._had_turn(group):
+                    group = []
+                else:
+                    room = 0
+        for run, n in zip(reading, shares([r.total - r.sequence.n_past for r in reading], room), strict=True):
+            if n:
+                run.plan_prompt(rows, n)
+                planned.append(run)
+                self._prompts_planned_at = self._n_planned
+        for run in group:
             if len(self._running) == 1:
                 most = min(self._sequences.n_free + run.sequence.reserved, self._llm.n_batch) - 1
                 run.guess(self._guesser, most)
             run.plan_tokens(rows)
-        planned += answering
-        for run, n in _shares(reading, self._room(len(rows), spent)):
-            run.plan_prompt(rows, n)
-            planned.append(run)
+            run.planned_at = self._n_planned
+        planned += group
 
-    def _room(self, n_answering: int, spent: float) -> int:
-        """Rows for prompts in a batch that has so many for running answers."""
-        room = self._llm.n_batch - n_answering
-        if n_answering:
-            # The first rows show how long a row takes.
-            fitting = int((self._max_stall - spent) / self._row_s) if self._row_s else _MIN_MEASURED
-            room = min(room, max(1, fitting))
-        for tile in _TILES:
-            whole = (n_answering + room) // tile * tile - n_answering
-            if whole > 0:
-                return whole
-        return room
+    def _had_turn(self, answering: list[Run]) -> bool:
+        """Whether answers went on since the last batch with prompts."""
+        return all(run.planned_at > self._prompts_planned_at for run in answering)
 
     def _recover(self, planned: list[Run], error: Exception) -> None:
         """After a batch that failed: what was in it is tried again one by one, so that only the culprit fails."""
@@ -357,27 +354,3 @@ def _common(a: list[Unit], b: list[Unit]) -> int:
             break
         n += 1
     return n
-
-
-def _shares(reading: list[Run], room: int) -> Iterator[tuple[Run, int]]:
-    """Rows for prompts: half of them for the oldest, then for those that need no more than an equal share, then for the
-    others in order."""
-    if not reading or room < 1:
-        return
-    left = {run: run.total - run.sequence.n_past for run in reading}
-    given = dict.fromkeys(reading, 0)
-    fair = max(1, room // len(reading))
-
-    def give(run: Run, most: int) -> None:
-        nonlocal room
-        n = min(left[run] - given[run], most, room)
-        given[run] += n
-        room -= n
-
-    give(reading[0], max(1, room // 2))
-    for run in reading:
-        if left[run] <= fair:
-            give(run, fair)
-    for run in reading:
-        give(run, room)
-    yield from ((run, n) for run, n in given.items() if n)

@@ -84,6 +84,11 @@ class Sequences:
         return len(self._free_cells) - sum(sequence.reserved for sequence in self._all)
 
     @property
+    def n_unused(self) -> int:
+        """Cells that no sequence has, those included that some may come to need."""
+        return len(self._free_cells)
+
+    @property
     def retired(self) -> list[Sequence]:
         """Those that no answer is being given with, least recently used first."""
         return sorted((s for s in self._all if not s.live), key=lambda s: s.last_used)

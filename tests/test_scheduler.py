@@ -327,7 +327,7 @@ def test_one_slow_batch_does_not_slow_prompts_for_ever(
     llava: Llava, answering: Iterator[Any], batches: Batches
 ) -> None:
     """A computer that slept: the row that seemed to take minutes must not be believed for long."""
-    between_steps(llava, lambda scheduler: setattr(scheduler, "_row_s", 1000.0))
+    between_steps(llava, lambda scheduler: setattr(scheduler._pace, "_prompt_row_s", 1000.0))
     reply = llava.ask("Again: " + LONG, max_tokens=1)
     beside = [batch.total() - 1 for batch in batches.rows if len(batch) > 1]
     assert sum(beside) >= reply.timings.prefilled_tokens and len(beside) < 60

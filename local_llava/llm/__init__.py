@@ -12,7 +12,6 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import llama_cpp.llama_cpp as c
 import numpy as np
@@ -24,6 +23,7 @@ from local_llava.detokenizer import ByteLevelDetokenizer, Detokenizer, SentenceP
 from local_llava.devices import physical_cores
 from local_llava.errors import EngineError, PromptError
 from local_llava.gguf_file import GGUFFile
+from local_llava.llm.batch import Batch
 from local_llava.llm.native import (
     KV_TYPES,
     Settings,
@@ -34,7 +34,7 @@ from local_llava.llm.native import (
     note_stop,
     start,
 )
-from local_llava.llm.rows import Rows
+from local_llava.llm.rows import Rows, faster_size
 from local_llava.llm.sampler import Sampler
 from local_llava.llm_file import LLMConfig, check_llm
 from local_llava.llm_vocab import CONTROL, QWEN2_PRE, special_tokens
@@ -49,6 +49,8 @@ log = logging.getLogger("local_llava")
 _NO_CALLBACK = c.ggml_abort_callback()
 _ABORTED = 2
 """`llama_decode` was told to stop."""
+
+_MAX_VIEWS = 128
 
 N_BATCH = 256
 """Tokens that one call evaluates at most, unless another number is asked for: more of them read the weights less often,
@@ -80,6 +82,7 @@ class LLM:
         n_cells: Tokens that the KV cache holds, of all sequences; what two sequences share counts once.
         n_seq_max: Sequences that may be in it: 0 to n_seq_max - 1.
         n_batch: Rows that one call of `decode` takes at most.
+        on_cpu: Whether all of it is on the CPU.
         specials: Text -> id of the tokens that only a template may write.
     """
 
@@ -97,7 +100,9 @@ class LLM:
         # llama.cpp keeps the pointer to the callback, which must not keep the model.
         self._stop = stop = _Stop()
         self._abort_callback = c.ggml_abort_callback(lambda _: stop.wanted())
-        self._sequence_ids = np.arange(self.n_seq_max, dtype=np.int32)
+        self._batch = Batch(self.n_batch, self.n_seq_max + 1)
+        self._views: dict[int, NDArray[np.float32]] = {}
+        self.on_cpu = settings.on_cpu
 
     @classmethod
     def load(
@@ -141,6 +146,7 @@ class LLM:
             KV_TYPES[kv_type],
             n_threads or physical_cores(),
             flash_attention if kv_type != "F32" or flash_attention is not None else False,
+            on_cpu=n_gpu_layers == 0,
         )
         with ExitStack() as stack:
             model = load_model(config, n_gpu_layers)
@@ -236,7 +242,7 @@ class LLM:
         c.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         return False
 
-    def decode(self, rows: Rows, stop: Callable[[], bool] | None = None) -> None:
+    def decode(self, rows: Rows, stop: Callable[[], bool] | None = None, n_spare: int = 0) -> None:
         """Append rows to their sequences, in one batch.
 
         A batch of llama.cpp carries token ids or embeddings. Where there are embeddings among the rows, token ids
@@ -246,29 +252,27 @@ class LLM:
         Args:
             rows: 1 to n_batch of them.
             stop: Asked about a thousand times, on a CPU, while it is computed: whether to leave off.
+            n_spare: Cells that are free beyond those of the rows, where rows may be added that make the batch faster.
 
         Raises:
             InterruptedDecodeError: It was. Of the rows the same is true as after an error.
             EngineError: llama.cpp failed. Nothing of the rows is in the KV cache then, if `keep` is called.
         """
-        n = len(rows)
-        position, output = np.array(rows.positions, np.int32), np.array(rows.outputs, np.int8)
-        n_sequences = np.ones(n, np.int32)
-        # llama_batch has a pointer for each row to its list of sequences: here, to one entry of a table of all numbers.
-        sequence = self._sequence_ids.ctypes.data + 4 * np.array(rows.sequences, np.uintp)
-        # The arrays must outlive the call; llama_batch holds plain pointers to them.
-        batch: Any = c.llama_batch(n_tokens=n)
+        n_asked = len(rows)
+        if self.on_cpu and 0 < (n_added := faster_size(n_asked) - n_asked) <= min(n_spare, self.n_batch - n_asked):
+            rows = rows.filled_up(n_added, self.n_seq_max)
+        try:
+            self._decode(rows, n_asked, stop)
+        finally:
+            if len(rows) > n_asked:
+                c.llama_memory_seq_rm(self._memory, self.n_seq_max, -1, -1)
+
+    def _decode(self, rows: Rows, n_asked: int, stop: Callable[[], bool] | None) -> None:
         if any(isinstance(part, np.ndarray) for part in rows.inputs):
             parts = [p if isinstance(p, np.ndarray) else self.token_embeddings(p) for p in rows.inputs]
-            embeddings = np.ascontiguousarray(np.concatenate(parts), np.float32)
-            batch.embd = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            batch = self._batch.of_embeddings(rows, np.ascontiguousarray(np.concatenate(parts), np.float32))
         else:
-            tokens = np.array([token for part in rows.inputs for token in part], np.int32)
-            batch.token = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.pos = position.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.n_seq_id = n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.seq_id = sequence.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
-        batch.logits = output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+            batch = self._batch.of_tokens(rows, [token for part in rows.inputs for token in part])
         forget_error()
         if (stop is None) != (self._stop.asked is None):
             c.llama_set_abort_callback(self._context, self._abort_callback if stop else _NO_CALLBACK, None)
@@ -277,7 +281,7 @@ class LLM:
         if status == _ABORTED:
             raise InterruptedDecodeError
         if status != 0:
-            raise EngineError(f"llama.cpp cannot evaluate {n} tokens (status {status}): {first_error()}")
+            raise EngineError(f"llama.cpp cannot evaluate {n_asked} tokens (status {status}): {first_error()}")
         c.llama_synchronize(self._context)  # a GPU may still be at it, and how long a batch takes is measured
 
     def logits(self, row: int = -1) -> NDArray[np.float32]:
@@ -288,7 +292,12 @@ class LLM:
         pointer = c.llama_get_logits_ith(self._context, row)
         if not pointer:
             raise EngineError("llama.cpp has no logits: nothing was evaluated")
-        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self.config.n_vocab,))
+        address = ctypes.addressof(pointer.contents)
+        logits = self._views.get(address)
+        if logits is None:  # there are as many places as a batch has rows with logits, until llama.cpp makes room anew
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            logits = self._views[address] = np.ctypeslib.as_array(pointer, (self.config.n_vocab,))
         return logits
 
     def token_embeddings(self, tokens: Sequence[int]) -> NDArray[np.float32]:

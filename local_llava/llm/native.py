@@ -74,6 +74,8 @@ class Settings:
     kv_type: int
     n_threads: int
     flash_attention: bool | None
+    on_cpu: bool
+    """Whether it is all there."""
 
 
 def load_model(config: LLMConfig, n_gpu_layers: int) -> int:
@@ -131,11 +133,11 @@ def new_context(config: LLMConfig, model: int, settings: Settings) -> int:
     params = c.llama_context_default_params()
     params.n_ctx = settings.n_cells
     params.n_batch = params.n_ubatch = settings.n_batch
-    params.n_seq_max = settings.n_seq_max
+    params.n_seq_max = settings.n_seq_max + 1  # the last one for rows that fill up a batch
     # Sequences share one pool of cells, so that a prefix is copied by noting who else has it.
     params.kv_unified = True
     # Without it, llama.cpp makes room for the logits of all rows of a batch; it wants one for each sequence.
-    params.n_outputs_max = max(settings.n_outputs, settings.n_seq_max)
+    params.n_outputs_max = max(settings.n_outputs, params.n_seq_max)
     params.n_threads = params.n_threads_batch = settings.n_threads
     params.type_k = params.type_v = settings.kv_type
     if settings.flash_attention is not None:
