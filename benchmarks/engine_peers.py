@@ -105,13 +105,13 @@ class Server:
     """llama-server."""
 
     def __init__(self, name: str, port: int, pid: int) -> None:
-        self.name, self._port, self._pid = name, port, pid
+        self.name, self.port, self.pid = name, port, pid
 
     def ask(self, *requests: Request) -> list[Answer]:
         return clients.ask(requests, self._stream)
 
     def memory(self) -> Memory:
-        return Memory.of(self._pid)
+        return Memory.of(self.pid)
 
     def _stream(self, request: Request) -> Generator[int | dict[str, Any], None, None]:
         content: list[dict[str, Any]] = [{"type": "text", "text": request.question}]
@@ -127,7 +127,7 @@ class Server:
             "stream": True,
             "timings_per_token": True,
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
         with contextlib.closing(connection):
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
