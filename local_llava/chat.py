@@ -9,6 +9,7 @@ where the parts are made. The template thus sees the user's words as they are, a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,14 @@ class ChatFormat:
                 return parts
             problem = PromptError(f"the model's chat template has no place for a {missing[0].role} message")
         raise problem
+
+    def raw_parts(self, message: Message) -> list[Part]:
+        """A prompt that is one message and nothing around it: its pictures, then its text."""
+        start: list[Part] = [] if self._bos is None else [Special(self._bos, added=True)]
+        # Cut inside of whatever would read as a special token.
+        cuts = [0, *(match.start() + 1 for match in self._special.finditer(message.text)), len(message.text)]
+        texts = [message.text[i:j] for i, j in itertools.pairwise(cuts) if i < j]
+        return [*start, *map(Slot, range(len(message.images))), *texts]
 
     def _says(self, rendered: str, message: Message, guards: _Guards) -> bool:
         """Whether a prompt holds a message's text; templates may trim it."""

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from local_llava.commands import ask, cache, chat, console, convert, doctor, inspect, models, pull, repair, tune
+from local_llava.commands import ask, cache, chat, console, convert, doctor, inspect, models, pull, repair, serve, tune
 from local_llava.errors import LocalLlavaError, UsageError
 
 app = typer.Typer(
@@ -95,6 +95,7 @@ def _options(
 
 app.command()(ask.ask)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(convert.convert)
 app.command()(convert.quantize)
 app.command()(inspect.inspect)

@@ -45,6 +45,13 @@ def as_messages(conversation: Conversation, images: Images = (), system: str | N
     return messages
 
 
+def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
+    """A conversation without its oldest turn, the question and its answer; None if only the last question is left."""
+    n_system = int(messages[0].role == "system")
+    later = [i for i, message in enumerate(messages) if i > n_system and message.role == "user"]
+    return [*messages[:n_system], *messages[later[0] :]] if later else None
+
+
 def as_list(images: Images) -> list[ImageLike]:
     """One picture or several, as a list.
 

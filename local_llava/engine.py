@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from local_llava import hub, prompt
 from local_llava.chat import ChatFormat, Slot
-from local_llava.conversation import Conversation, Images, as_list, as_messages
+from local_llava.conversation import Conversation, Images, as_list, as_messages, without_oldest
 from local_llava.embeddings import Embeddings
 from local_llava.errors import EngineError, ModelFileError, PromptError, UsageError
 from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mode
@@ -54,13 +54,14 @@ class Llava:
     Attributes:
         files: The pair.
         options: The defaults of all answers.
+        placement: Where its parts went, and how large they are.
         n_ctx: Tokens that one conversation may have.
         parallel: Answers that are given at the same time; more wait.
     """
 
     def __init__(self, loaded: Loaded, chat_format: ChatFormat, scheduler: Scheduler, stack: ExitStack) -> None:
         """Use `load`. `stack` frees both models."""
-        self.files, self.options = loaded.files, loaded.options
+        self.files, self.options, self.placement = loaded.files, loaded.options, loaded.placement
         self.n_ctx, self.parallel = loaded.placement.n_ctx, loaded.placement.parallel
         self._llm, self._tower = loaded.llm, loaded.tower
         self._format, self._scheduler = chat_format, scheduler
@@ -147,7 +148,13 @@ class Llava:
         return self.chat(question, images, on_prefill=on_prefill, **options)
 
     def chat(
-        self, messages: Conversation, images: Images = (), *, on_prefill: OnPrefill | None = None, **options: Any
+        self,
+        messages: Conversation,
+        images: Images = (),
+        *,
+        on_prefill: OnPrefill | None = None,
+        raw: bool = False,
+        **options: Any,
     ) -> Reply:
         """Continue a conversation.
 
@@ -158,39 +165,49 @@ class Llava:
                 `content` as in OpenAI's chat format.
             images: Pictures for the last turn, besides those it brings.
             on_prefill: As of `ask`, as are the errors.
+            raw: The text of the one message is the whole prompt, after its pictures, and the answer continues it: no
+                chat format and no system prompt. Nothing in it acts as a control token here either.
             **options: Fields of `Options`, for this answer.
         """
         reply: Reply | None = None
-        with closing(self.stream(messages, images, on_prefill=on_prefill, **options)) as chunks:
+        with closing(self.stream(messages, images, on_prefill=on_prefill, raw=raw, **options)) as chunks:
             for chunk in chunks:
                 reply = chunk.reply
         return _complete(reply)
 
     def stream(
-        self, messages: Conversation, images: Images = (), *, on_prefill: OnPrefill | None = None, **options: Any
+        self,
+        messages: Conversation,
+        images: Images = (),
+        *,
+        on_prefill: OnPrefill | None = None,
+        raw: bool = False,
+        **options: Any,
     ) -> Generator[Chunk, None, None]:
         """As `chat` (or, with a text for `messages`, as `ask`), but yields the answer in pieces as they come.
 
         The work begins with the first piece asked for. Closing the iterator stops it.
         """
-        return self._chunks(self._request(messages, images, options), on_prefill)
+        return self._chunks(self._request(messages, images, options, raw=raw), on_prefill)
 
     async def aask(self, question: str, images: Images = (), **options: Any) -> Reply:
         """`ask` for an event loop. Cancelling the task stops the work."""
         return await self.achat(question, images, **options)
 
-    async def achat(self, messages: Conversation, images: Images = (), **options: Any) -> Reply:
+    async def achat(self, messages: Conversation, images: Images = (), *, raw: bool = False, **options: Any) -> Reply:
         """`chat` for an event loop. Cancelling the task stops the work."""
         reply: Reply | None = None
-        async with aclosing(self.astream(messages, images, **options)) as chunks:
+        async with aclosing(self.astream(messages, images, raw=raw, **options)) as chunks:
             async for chunk in chunks:
                 reply = chunk.reply
         return _complete(reply)
 
-    async def astream(self, messages: Conversation, images: Images = (), **options: Any) -> AsyncGenerator[Chunk, None]:
+    async def astream(
+        self, messages: Conversation, images: Images = (), *, raw: bool = False, **options: Any
+    ) -> AsyncGenerator[Chunk, None]:
         """`stream` for an event loop. Closing the iterator, or cancelling the task, stops the work."""
         # Reading pictures may take long, above all from the network.
-        request = await asyncio.to_thread(self._request, messages, images, options)
+        request = await asyncio.to_thread(self._request, messages, images, options, raw=raw)
         async with aclosing(self._worker.aiterate(self._order(request))) as results:
             async for item in results:
                 if isinstance(item, Chunk):
@@ -257,12 +274,17 @@ class Llava:
         return tokens
 
     def _request(
-        self, conversation: Conversation, images: Images, options: Mapping[str, Any], only_logits: bool = False
+        self,
+        conversation: Conversation,
+        images: Images,
+        options: Mapping[str, Any],
+        only_logits: bool = False,
+        raw: bool = False,
     ) -> Request:
         """All of an answer that needs no computing: what is wrong with the arguments or the pictures is raised here."""
         settings = self.options.updated(options, loaded=True)
         schema = None if settings.json_schema is None else compile_schema(settings.json_schema)
-        messages = as_messages(conversation, images, settings.system)
+        messages = as_messages(conversation, images, None if raw else settings.system)
         self._worker.check()
         started = time.perf_counter()
         pictures = self._pictures([image for message in messages for image in message.images], settings)
@@ -270,11 +292,11 @@ class Llava:
         room = min(settings.max_tokens, _ANSWER_ROOM, self.n_ctx // 4)
         n_all = len(messages)
         while True:
-            units = as_units(self._build(messages), pictures)
+            units = as_units(self._build(messages, raw), pictures)
             total = n_tokens(units)
             if total + (room if len(messages) < n_all else 0) < self.n_ctx:
                 break
-            shorter = _without_oldest(messages) if settings.overflow == "drop_oldest" else None
+            shorter = without_oldest(messages) if settings.overflow == "drop_oldest" else None
             if shorter is None and total < self.n_ctx:
                 break
             if shorter is None:
@@ -292,9 +314,9 @@ class Llava:
         scheduler = self._scheduler
         return lambda ticket: scheduler.add(request, ticket)
 
-    def _build(self, messages: Sequence[Message]) -> prompt.Prompt:
+    def _build(self, messages: Sequence[Message], raw: bool = False) -> prompt.Prompt:
         with self._using_vocabulary():
-            return prompt.build(messages, self._format, self._llm.tokenize)
+            return prompt.build(messages, self._format, self._llm.tokenize, raw)
 
     def _constraint(self, schema: str) -> Constraint:
         with self._using_vocabulary():
@@ -361,13 +383,6 @@ def _end(worker: Worker, closed: threading.Event, tokenizing: threading.Lock) ->
     with tokenizing:
         closed.set()
     worker.close()
-
-
-def _without_oldest(messages: Sequence[Message]) -> list[Message] | None:
-    """A conversation without its oldest turn, the question and its answer; None if only the last question is left."""
-    n_system = int(messages[0].role == "system")
-    later = [i for i, message in enumerate(messages) if i > n_system and message.role == "user"]
-    return [*messages[:n_system], *messages[later[0] :]] if later else None
 
 
 def _complete(reply: Reply | None) -> Reply:

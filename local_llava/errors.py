@@ -9,7 +9,8 @@
     ├── OutputError            a file that cannot be written: it exists, no room, no permission
     ├── DownloadError          what a repository of the Hub does not have, does not give, or gives damaged
     ├── BusyError              as many questions wait as may; the same one may be answered later
-    └── EngineError            llama.cpp or ggml reported a failure: no memory, a failed decode
+    └── EngineError            llama.cpp or ggml reported a failure, such as a failed decode
+        └── NotEnoughMemoryError   a model that does not fit into the memory that is free now
 
 Anything else that escapes is a defect of local-llava.
 """
@@ -55,3 +56,7 @@ class BusyError(LocalLlavaError):
 
 class EngineError(LocalLlavaError):
     """llama.cpp or ggml reported a failure."""
+
+
+class NotEnoughMemoryError(EngineError):
+    """A model does not fit into the memory that is free."""

@@ -11,6 +11,7 @@ import importlib.resources
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -18,12 +19,11 @@ from local_llava import model_list, store
 from local_llava.corrections import architecture
 from local_llava.errors import ModelFileError, UsageError
 from local_llava.gguf_file import GGUFFile
+from local_llava.llm_file import quant_of
 from local_llava.model_list import ModelEntry
-from local_llava.store import hub_cache, models_dir
+from local_llava.store import hub_cache
 from local_llava.store.origin import Origin, Pair
 from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
-
-__all__ = ["OnConvert", "builtin_checkpoint", "check_pair_ids", "converted", "models_dir", "resolve"]
 
 OnConvert: TypeAlias = Callable[[Path, int], Callable[[int], None]]
 
@@ -32,6 +32,19 @@ _CONVERSION = "1"
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:\w+)?")
 """What may be NAME, owner/name or a key, with :QUANT or not. Anything else can only be a path."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that a pair has to be made of, or was made of before."""
+
+    directory: Path
+    quant: str = DEFAULT_QUANT
+    """Type of the language model, in upper case."""
+    repository: str | None = None
+    """That the directory is a snapshot of; None for a user's own."""
+    mmproj: Path | None = None
+    """To be taken in place of the one that is made."""
 
 
 def builtin_checkpoint() -> Path:
@@ -45,7 +58,7 @@ def resolve(
     on_convert: OnConvert | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> ModelFiles:
-    """Find the pair that a user means.
+    """Find the pair that a user means, and make it if need be.
 
     Args:
         model: A language model's GGUF, a directory with one pair, or a checkpoint; else a name of the model list or a
@@ -62,10 +75,18 @@ def resolve(
         UsageError: An mmproj was named without its model, or a type that there is not.
         OutputError: A conversion cannot be kept.
     """
+    found = locate(model, mmproj)
+    return found if isinstance(found, ModelFiles) else make(found, on_convert, on_wait)
+
+
+def locate(
+    model: str | os.PathLike[str] | None, mmproj: str | os.PathLike[str] | None = None
+) -> ModelFiles | Checkpoint:
+    """As `resolve`, but makes nothing: gives the checkpoint that has to be converted first."""
     if model is None:
         if mmproj is not None:
             raise UsageError("an mmproj needs its language model: name both")
-        return converted(builtin_checkpoint(), on_convert, on_wait)
+        return Checkpoint(builtin_checkpoint())
     path = Path(model)
     own = None if mmproj is None else Path(mmproj)
     kind = _what(path)
@@ -74,14 +95,14 @@ def resolve(
         if _is_checkpoint(path):
             if mmproj is not None:
                 raise UsageError(f"{path} is a checkpoint, which brings its own tower: name no mmproj")
-            return converted(path, on_convert, on_wait)
+            return Checkpoint(path)
         return _pair_in(path, own)
     if kind == "file":
         return ModelFiles(path, own or _mmproj_beside(path))
     if not _NAME.fullmatch(str(model)) or path.suffix == ".gguf":
         raise ModelFileError(f"{path}: no such file or directory; a GGUF, or a directory with a pair or a checkpoint")
-    files = _named(str(model), on_convert, on_wait)
-    return ModelFiles(files.model, own) if own else files
+    found = locate_name(str(model))
+    return replace(found, mmproj=own) if own else found
 
 
 def find_checkpoint(name: str) -> Path:
@@ -146,15 +167,13 @@ def converted(
         OutputError: The result cannot be kept.
     """
     from local_llava.convert import prepare
-    from local_llava.convert.families import open_checkpoint
 
-    outside = [part.directory for part in open_checkpoint(checkpoint).outside]
-    digest = store.source_digest(checkpoint, *outside)
+    digest = _digest(checkpoint)
     key = store.key_of(_CONVERSION, digest, quant, mmproj_quant)
     pair = store.get(key)
     if pair is not None:
         return pair.files
-    name = _name_of(checkpoint, repository)
+    name = name_of(Checkpoint(checkpoint, repository=repository))
     with store.new_pair(key, name, on_wait=on_wait) as new:
         if new.pair is not None:
             return new.pair.files
@@ -174,13 +193,41 @@ def converted(
         return new.publish(origin, files).files
 
 
-def _name_of(checkpoint: Path, repository: str | None) -> str:
-    if repository is not None:
-        entry = model_list.find(repository)
-        return entry.name if entry else repository
+def make(
+    checkpoint: Checkpoint, on_convert: OnConvert | None = None, on_wait: Callable[[], None] | None = None
+) -> ModelFiles:
+    """The pair of a checkpoint, as `converted`."""
+    directory, quant, repository = checkpoint.directory, checkpoint.quant, checkpoint.repository
+    files = converted(directory, on_convert, on_wait, quant=quant, repository=repository)
+    return ModelFiles(files.model, checkpoint.mmproj or files.mmproj)
+
+
+def made(checkpoint: Checkpoint) -> ModelFiles | None:
+    """The pair of a checkpoint, if it was made before and the checkpoint has not changed since.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+    """
+    digest = _digest(checkpoint.directory)
+    pair = store.get(store.key_of(_CONVERSION, digest, checkpoint.quant, DEFAULT_MMPROJ_QUANT))
+    return ModelFiles(pair.files.model, checkpoint.mmproj or pair.files.mmproj) if pair else None
+
+
+def _digest(checkpoint: Path) -> str:
+    from local_llava.convert.families import open_checkpoint
+
+    outside = [part.directory for part in open_checkpoint(checkpoint).outside]
+    return store.source_digest(checkpoint, *outside)
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """What a pair that is made of it is called, without its type."""
+    if checkpoint.repository is not None:
+        entry = model_list.find(checkpoint.repository)
+        return entry.name if entry else checkpoint.repository
     from local_llava.convert.conversion import model_name
 
-    return model_name(checkpoint)
+    return model_name(checkpoint.directory)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -189,8 +236,15 @@ def _is_checkpoint(path: Path) -> bool:
     return is_checkpoint(path) and not any(path.glob("*.gguf"))
 
 
-def _named(name: str, on_convert: OnConvert | None, on_wait: Callable[[], None] | None) -> ModelFiles:
-    """The pair that a name with or without a type means: from the store, else from the Hugging Face cache."""
+def locate_name(name: str) -> ModelFiles | Checkpoint:
+    """What a name with or without a type means: from the store, else from the Hugging Face cache. Never a path.
+
+    Raises:
+        ModelFileError: Nothing of that name is there, or several types of it.
+        UsageError: There is no such type.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelFileError(f"{name[:80]!a}: no model is called that; `local-llava models` lists them")
     base, quant = model_list.split_name(name)
     entry = model_list.find(base)
     kept = store.find(base)
@@ -202,7 +256,7 @@ def _named(name: str, on_convert: OnConvert | None, on_wait: Callable[[], None] 
     for repository in _repositories(base, entry):
         for snapshot in filter(hub_cache.is_complete, hub_cache.snapshots(repository)):
             if _is_checkpoint(snapshot):
-                return converted(snapshot, on_convert, on_wait, quant=quant or DEFAULT_QUANT, repository=repository)
+                return Checkpoint(snapshot, quant or DEFAULT_QUANT, repository)
             published = _published(entry, repository, snapshot, quant) or _pair_of_type(snapshot, quant)
             if published is not None:
                 return published
@@ -271,7 +325,7 @@ def _published(entry: ModelEntry | None, repository: str, snapshot: Path, quant:
 def _pair_of_type(directory: Path, quant: str | None) -> ModelFiles | None:
     """The pair among GGUF files of any names whose language model has a type: the default one, or else the only one."""
     models, projectors = _by_kind(directory)
-    types = {path: _quant_of(path) for path in models}
+    types = {path: quant_of(GGUFFile.open(path)) for path in models}
     found = [path for path in models if types[path] == (quant or DEFAULT_QUANT)]
     if not found and quant is None:
         if len(models) > 1:
@@ -281,16 +335,6 @@ def _pair_of_type(directory: Path, quant: str | None) -> ModelFiles | None:
             )
         found = models
     return ModelFiles(found[0], _only(projectors, found[0])) if found and projectors else None
-
-
-def _quant_of(path: Path) -> str:
-    """The type that a language model says it has; "" where it does not say."""
-    from gguf import LlamaFileType
-
-    number = GGUFFile.open(path).metadata.get("general.file_type")
-    if not isinstance(number, int) or number not in list(LlamaFileType):
-        return ""
-    return LlamaFileType(number).name.partition("_")[2]  # MOSTLY_Q4_K_M, ALL_F32
 
 
 def _kind(path: Path) -> str:

@@ -158,6 +158,16 @@ class LLMConfig:
         return self.vocab.overrides
 
 
+def quant_of(gguf: GGUFFile) -> str:
+    """The type that a language model says it has; "" where it does not say."""
+    from gguf import LlamaFileType
+
+    number = gguf.metadata.get("general.file_type")
+    if not isinstance(number, int) or number not in list(LlamaFileType):
+        return ""
+    return LlamaFileType(number).name.partition("_")[2]  # MOSTLY_Q4_K_M, ALL_F32
+
+
 def check_llm(gguf: GGUFFile) -> LLMConfig:
     """Check that llama.cpp will load a GGUF as a language model that can be asked.
 

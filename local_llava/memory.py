@@ -134,9 +134,21 @@ def picture_bytes(tower: TowerConfig, n_pictures: int = 1, on_gpu: bool = False)
     return at_once + 4 * n_tiles * (pixels + 2 * tower.n_tokens * tower.n_out)  # as tiles, and in order
 
 
+_reserved = 0
+
+
+def reserve(n: int) -> None:
+    """Leave that many bytes to other processes: their weights, which are mapped from files.
+
+    Linux counts those as free, since it may drop the pages and read them again.
+    """
+    global _reserved
+    _reserved = n if sys.platform == "linux" else 0
+
+
 def available() -> int:
     """Bytes that this process may still take without swapping."""
-    free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available - _reserved
     return max(0, min([free, *_cgroup_room(), *_address_room()]))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from local_llava import devices, memory
 from local_llava.devices import Device
-from local_llava.errors import EngineError, UsageError
+from local_llava.errors import NotEnoughMemoryError, UsageError
 from local_llava.gguf_file import GGUFFile
 from local_llava.llm import N_BATCH
 from local_llava.llm_file import LLMConfig
@@ -58,6 +58,8 @@ class Placement:
     """Of the memory of each GPU; where that is the computer's own, not counted in `cpu`."""
     notes: tuple[str, ...] = ()
     """What was given up, and why: a line each."""
+    short: bool = False
+    """Whether something was given up for lack of memory."""
 
 
 def choose(llm: LLMConfig, tower: TowerConfig, gguf: GGUFFile, mmproj: GGUFFile, options: Options) -> Placement:
@@ -77,7 +79,7 @@ def choose(llm: LLMConfig, tower: TowerConfig, gguf: GGUFFile, mmproj: GGUFFile,
     Raises:
         UsageError: The user named a context longer than the model was trained for, or a KV cache that llama.cpp cannot
             have.
-        EngineError: There is not enough memory; the message has the numbers.
+        NotEnoughMemoryError: The message has the numbers.
     """
     return _Choice(llm, tower, gguf, mmproj, options).best()
 
@@ -215,7 +217,17 @@ class _Choice:
         return max(0, gpu.free - max(_RESERVE, int(gpu.total * _RESERVE_SHARE)))
 
     def _with_notes(self, placed: Placement) -> Placement:
-        return replace(placed, notes=tuple(self._notes(placed)))
+        return replace(placed, notes=tuple(self._notes(placed)), short=self._short(placed))
+
+    def _short(self, placed: Placement) -> bool:
+        """Whether more memory would have given more of what nobody asked for in numbers."""
+        options = self.options
+        return (
+            placed.n_ctx < self._contexts()[0]
+            or (options.kv_type == "auto" and placed.kv_type != "F16")
+            or placed.parallel < max(parallel for n_ctx, parallel in self._shapes() if n_ctx == placed.n_ctx)
+            or (bool(self.gpus) and options.n_gpu_layers == "auto" and placed.n_gpu_layers <= self.llm.n_layer)
+        )
 
     def _notes(self, placed: Placement) -> Iterator[str]:
         options, everything, longest = self.options, self.llm.n_layer + 1, self._contexts()[0]
@@ -239,10 +251,10 @@ class _Choice:
             why = "the model takes no larger KV cache" if self.longrope else "for lack of memory"
             yield f"{placed.parallel} answers at the same time, not {MAX_DEFAULT_PARALLEL}: {why}"
 
-    def _too_little(self, placed: Placement) -> EngineError:
+    def _too_little(self, placed: Placement) -> NotEnoughMemoryError:
         shared = sum((need for gpu, need in placed.gpus if gpu.unified), Need())
         least = placed.cpu + shared
-        return EngineError(
+        return NotEnoughMemoryError(
             f"{self.path}: {gb(least.total)} of memory are needed for a context of {placed.n_ctx} tokens "
             f"(weights {gb(least.weights)}, KV cache {gb(least.kv_cache)}, computing {gb(least.compute)}), "
             f"{gb(self.free)} are free: close programs, or take a smaller --n-ctx, --kv-type Q8_0 or a smaller "

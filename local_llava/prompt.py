@@ -17,21 +17,32 @@ from local_llava.types import Message
 Prompt: TypeAlias = "list[list[int] | Slot]"
 
 
-def build(messages: Sequence[Message], chat_format: ChatFormat, tokenize: Callable[[TextRun], list[int]]) -> Prompt:
+def build(
+    messages: Sequence[Message],
+    chat_format: ChatFormat,
+    tokenize: Callable[[TextRun], list[int]],
+    raw: bool = False,
+) -> Prompt:
     """The prompt of a conversation, up to where the assistant's next turn begins.
 
     Args:
         messages: What was said so far. It is text: nothing in it acts as a control token.
         chat_format: The model's chat format.
         tokenize: Text -> token ids, in which no control token may be found.
+        raw: The one message is the whole prompt: its pictures, then its text, after the token that begins a text where
+            the vocabulary asks for it.
 
     Raises:
-        UsageError: A text is not valid Unicode.
+        UsageError: A text is not valid Unicode, or a raw prompt has several messages or is empty.
         PromptError: The template refuses the conversation or has no place for its pictures.
     """
     for message in messages:
         _check_text(message)
-    parts = chat_format.parts(messages)
+    if raw and len(messages) != 1:
+        raise UsageError(f"a raw prompt is one message of the user's, not {len(messages)}")
+    parts = chat_format.raw_parts(messages[0]) if raw else chat_format.parts(messages)
+    if not parts:
+        raise UsageError("a raw prompt must not be empty")
     prompt: Prompt = []
     start = 0
     while start < len(parts):

@@ -3,90 +3,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import socket
-import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from picture_files import pdf, photo, saved
+from picture_files import pdf, photo
+from picture_server import OK, PICTURE, Answer, Server
 
 from local_llava.errors import ImageError
 from local_llava.images import load_image
 from local_llava.pictures import fetch
-
-PICTURE = saved(photo(), "PNG")
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(PICTURE), PICTURE)
-
-# Of use to nobody: valid for localhost only, and known to everybody.
-KEY = """-----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgd6/bEzmaObNI91P1
-IO083nRTdXb2+pApZbmsTunfhRShRANCAARawQgR7vk/wxGoliUlUWKTdPjPFyuJ
-PKDUJwk02jxxS52p+gLY9bn+WkfYhbUttnk5ld8PRjeBf78GFYjH65OV
------END PRIVATE KEY-----
-"""
-CERTIFICATE = """-----BEGIN CERTIFICATE-----
-MIIBqDCCAU+gAwIBAgIUJCQLYmo8Muw1QpKdYfjfSVkPqrcwCgYIKoZIzj0EAwIw
-GzEZMBcGA1UEAwwQbG9jYWwtbGxhdmEgdGVzdDAgFw0yNjExMjMwNDA0MzZaGA8y
-MTI2MTAzMDA0MDQzNlowGzEZMBcGA1UEAwwQbG9jYWwtbGxhdmEgdGVzdDBZMBMG
-ByqGSM49AgEGCCqGSM49AwEHA0IABFrBCBHu+T/DEaiWJSVRYpN0+M8XK4k8oNQn
-CTTaPHFLnan6Atj1uf5aR9iFtS22eTmV3w9GN4F/vwYViMfrk5WjbzBtMB0GA1Ud
-DgQWBBR233GLK3Z3bjvES8o40I8CHhbt1DAfBgNVHSMEGDAWgBR233GLK3Z3bjvE
-S8o40I8CHhbt1DAPBgNVHRMBAf8EBTADAQH/MBoGA1UdEQQTMBGCCWxvY2FsaG9z
-dIcEfwAAATAKBggqhkjOPQQDAgNHADBEAiAzzmiu/tg2U55mRqF+Bbxq43OgoFcc
-BphgpPFXTNAeBQIgA3txMR2jdZOFT/R7C6aNx2JTshXjxNuwTlMVwyby6Og=
------END CERTIFICATE-----
-"""
-
-Answer = Callable[[bytes, socket.socket], None] | bytes
-
-
-class Server:
-    """Answers each connection once, on a port of its own."""
-
-    def __init__(self) -> None:
-        self.requests: list[bytes] = []
-        self.answer: Answer = OK
-        self.tls: ssl.SSLContext | None = None
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def url(self, path: str = "/a.png", host: str = "127.0.0.1") -> str:
-        return f"http{'s' if self.tls else ''}://{host}:{self.port}{path}"
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._one, args=(connection,), daemon=True).start()
-
-    def _one(self, connection: socket.socket) -> None:
-        # The client may be gone before all is said.
-        with contextlib.suppress(OSError), connection:
-            if self.tls:
-                connection = self.tls.wrap_socket(connection, server_side=True)
-            request = b""
-            # Of TLS there may be only the first bytes, where the server speaks http.
-            while b"\r\n\r\n" not in request and request[:1] != b"\x16" and (piece := connection.recv(1 << 16)):
-                request += piece
-            self.requests.append(request)
-            if callable(self.answer):
-                self.answer(request, connection)
-            else:
-                connection.sendall(self.answer)
-            connection.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # or the thread goes on to accept
-        self._socket.close()
 
 
 @pytest.fixture
@@ -255,12 +184,9 @@ def test_proxies_of_the_environment(server: Server, monkeypatch: pytest.MonkeyPa
 
 
 def test_certificates_are_checked(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "key.pem").write_text(KEY)
-    (tmp_path / "certificate.pem").write_text(CERTIFICATE)
-    server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.tls.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    certificate = server.speak_tls(tmp_path)
     assert "certificate is not trusted: self" in refused(server.url())
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     assert load_image(server.url()).size == photo().size
     assert "not trusted" in refused(server.url(host="127.1"))  # a name of this computer that it does not bear
     server.tls = None  # http on an https port

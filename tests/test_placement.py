@@ -19,7 +19,7 @@ import pytest
 from gguf_bytes import TinyLLM
 from llava_checkpoints import TINY, random_model, save
 
-from local_llava import EngineError, Llava, Options, UsageError, devices, ggml, memory, placement
+from local_llava import EngineError, Llava, NotEnoughMemoryError, Options, UsageError, devices, ggml, memory, placement
 from local_llava.convert import convert
 from local_llava.devices import Device
 from local_llava.gguf_file import GGUFFile, TensorInfo
@@ -206,7 +206,7 @@ def sweep() -> Iterator[tuple[str, int, int]]:
                 return
             assert placed.cpu.total <= free
             key = (placed.kv_type, placed.n_ctx, placed.parallel)
-            assert bool(placed.notes) == (key != ("F16", 8192, 8))
+            assert bool(placed.notes) == placed.short == (key != ("F16", 8192, 8))
             if key != last:
                 yield key
             last = key
@@ -217,6 +217,7 @@ def test_too_little_memory_is_told_with_the_numbers(computer: Any) -> None:
     computer(3)
     with pytest.raises(EngineError) as error:
         choose(*llama3_8b(), Options())
+    assert type(error.value) is NotEnoughMemoryError
     message = str(error.value)
     for part in ("8b.gguf: ", "needed for a context of 2048 tokens", "weights 5.4 GB", "KV cache", "3.0 GB are free"):
         assert part in message
@@ -237,6 +238,7 @@ def test_more_layers_on_a_larger_gpu(computer: Any) -> None:
         assert need.total <= max(0, card.free - 600_000_000)
         assert (placed.tower_on_gpu, placed.n_gpu_layers) >= before, "the tower goes first"
         assert placed.n_gpu_layers == 33 or any("layers stay on the CPU" in note for note in placed.notes)
+        assert placed.short == bool(placed.notes)
         before = (placed.tower_on_gpu, placed.n_gpu_layers)
     assert before == (True, 33) and placed.notes == ()
     assert placed.cpu.kv_cache == 0 and placed.cpu.weights == 295_000_000
@@ -254,7 +256,7 @@ def test_a_shorter_context_where_all_layers_then_fit(computer: Any) -> None:
 def test_what_the_user_names_wins(computer: Any) -> None:
     computer(64, gpu(2))
     every = choose(*llama3_8b(), Options(n_gpu_layers=-1))
-    assert every.n_gpu_layers == 33 and every.tower_on_gpu and "2.0 GB free" in every.notes[0]
+    assert every.n_gpu_layers == 33 and every.tower_on_gpu and "2.0 GB free" in every.notes[0] and not every.short
     assert choose(*llama3_8b(), Options(n_gpu_layers=1000)).n_gpu_layers == 33
     some = choose(*llama3_8b(), Options(n_gpu_layers=3))
     assert some.n_gpu_layers == 3 and some.tower_on_gpu
@@ -312,7 +314,7 @@ def test_factors_for_long_contexts_are_never_taken(computer: Any) -> None:
     gguf = replace(gguf, tensors=tensors)
     placed = choose(llm, tower, gguf, mmproj, Options())
     assert (placed.n_ctx, placed.n_cells, placed.parallel) == (4096, 4096, 2)
-    assert "takes no larger KV cache" in placed.notes[0]
+    assert "takes no larger KV cache" in placed.notes[0] and not placed.short
     assert choose(llm, tower, gguf, mmproj, Options(parallel=8)).n_cells == 4096
 
 
@@ -355,6 +357,18 @@ def test_a_limit_of_the_process_counts(tmp_path: Path) -> None:
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert 0 < json.loads(done.stdout) < 1_500_000 * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not count mapped files as free")
+def test_what_is_reserved_for_others_is_not_available() -> None:
+    try:
+        before = memory.available()
+        memory.reserve(before // 2)
+        assert abs(memory.available() - before / 2) < 0.1 * before
+        memory.reserve(before * 100)
+        assert memory.available() == 0
+    finally:
+        memory.reserve(0)
 
 
 def test_any_computer_gets_a_plan_that_fits_it(computer: Any) -> None:

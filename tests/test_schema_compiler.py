@@ -155,6 +155,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"multipleOf": 0.01}, '"multipleOf" at # must be a whole number from 1 to 1e9, not 0.01'),
     ({"type": "integer", "multipleOf": 7}, "at #: multipleOf 7 needs minimum and maximum with at most 1000 multiples"),
     ({"maxLength": -1}, '"maxLength" at # must be a whole number from 0 to 1e9, not -1'),
+    ({"maxLength": 10**400}, '"maxLength" at # must be a whole number from 0 to 1e9, not 1000'),
+    ({"minimum": -(10**400)}, '"minimum" at # must be a number up to 1e60'),
     ({"minItems": 1.5}, '"minItems" at # must be a whole number'),
     ({"enum": []}, '"enum" at # must be a list of at least one value, not []'),
     ({"enum": "abc"}, '"enum" at # must be a list of at least one value, not "abc"'),

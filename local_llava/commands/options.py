@@ -113,7 +113,7 @@ def _checked(values: dict[str, Any], flags: dict[str, tuple[Any, str, str]]) -> 
     options = {name: values[name] for name in flags}
     if options.get("json_schema") is not None:
         options["json_schema"] = _read_schema(options["json_schema"])
-    options["image_cache_bytes"] = _bytes(options["image_cache_bytes"], flags["image_cache_bytes"][1])
+    options["image_cache_bytes"] = as_bytes(options["image_cache_bytes"], flags["image_cache_bytes"][1])
     with contextlib.suppress(ValueError):  # "auto"; anything else Options refuses
         options["n_gpu_layers"] = int(options["n_gpu_layers"])
     try:
@@ -125,8 +125,12 @@ def _checked(values: dict[str, Any], flags: dict[str, tuple[Any, str, str]]) -> 
     return options
 
 
-def _bytes(text: str, flag: str) -> int:
-    """A size that a person wrote."""
+def as_bytes(text: str, flag: str) -> int:
+    """A size that a person wrote.
+
+    Raises:
+        UsageError: It is none; the message names the flag.
+    """
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?B)?", text.strip().upper())
     if match is None:
         raise UsageError(f"{flag} must be a size such as 500MB or 4GB, not {text!r:.40}")

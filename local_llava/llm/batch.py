@@ -30,7 +30,7 @@ class Batch:
         self._numbers, self._lists = np.arange(n_sequences, dtype=np.int32), np.zeros(n_rows, np.uintp)
         self._first = self._numbers.ctypes.data
         self._token_pointer = self._tokens.ctypes.data_as(_INT32)
-        self._batch: Any = c.llama_batch()
+        self._batch = _empty()
         self._batch.pos = self._positions.ctypes.data_as(_INT32)
         self._batch.n_seq_id = self._ones.ctypes.data_as(_INT32)
         self._batch.seq_id = self._lists.ctypes.data_as(ctypes.POINTER(_INT32))
@@ -55,3 +55,8 @@ class Batch:
         n = self._batch.n_tokens = len(rows)
         self._positions[:n], self._outputs[:n] = rows.positions, rows.outputs
         self._lists[:n] = [self._first + self._numbers.itemsize * sequence for sequence in rows.sequences]
+
+
+def _empty() -> Any:
+    """The stubs have arrays where pointers may be."""
+    return c.llama_batch()

@@ -1,4 +1,4 @@
-"""A file from an http(s) URL that the user named: bounded in bytes, time and redirects.
+"""A file from an http(s) URL: bounded in bytes, time and redirects, and in the addresses that are asked where need be.
 
 Knows http. Proxies come from the environment (`http_proxy`, `https_proxy`, `no_proxy`, and the system's on Windows and
 macOS), certificates from the system or $SSL_CERT_FILE, and they are always checked. No cookies, no cache.
@@ -10,14 +10,16 @@ import base64
 import http
 import http.client
 import io
+import ipaddress
 import socket
 import ssl
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from email.message import Message
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from local_llava.errors import ImageError
 
@@ -29,25 +31,39 @@ CONNECT_SECONDS = 10.0
 
 MAX_REDIRECTS = 5
 
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 # Left alone in a path or query: what RFC 3986 allows there, and escapes that are there already.
 _SAFE = "%/:=&?~+!$,;'@()*[]"
 
 
-def fetch(url: str, where: str, max_bytes: int) -> bytes:
+def fetch(
+    url: str,
+    where: str,
+    max_bytes: int,
+    *,
+    allowed: Callable[[Address], bool] | None = None,
+    max_seconds: float | None = None,
+) -> bytes:
     """The content of a URL.
 
     Args:
         url: http or https; `user:password@` is sent as basic authentication to that server only.
         where: Names it in errors.
         max_bytes: Longest content.
+        allowed: Which addresses may be connected to, for a URL that comes from strangers. A name is looked up once, for
+            each redirect again; all its addresses must be allowed, and they are what is connected to. Proxies are not
+            used then: they look names up themselves.
+        max_seconds: Most seconds for all of it; None for MAX_SECONDS.
 
     Raises:
         ImageError: The URL is not valid, the server cannot be reached or not be trusted, its answer is an error, too
-            long, cut short or late, or it redirects too often or to something other than http(s).
+            long, cut short or late, it redirects too often or to something other than http(s), or an address is not
+            allowed.
     """
-    deadline = _Deadline(MAX_SECONDS)
+    deadline = _Deadline(MAX_SECONDS if max_seconds is None else min(max_seconds, MAX_SECONDS))
     try:
-        with _opener(deadline, where).open(_request(url), timeout=deadline.left()) as response:
+        with _opener(deadline, where, allowed).open(_request(url), timeout=deadline.left()) as response:
             return _read(response, where, max_bytes)
     except urllib.error.HTTPError as e:
         e.close()
@@ -97,8 +113,18 @@ class _TimedReader(io.RawIOBase):
         super().close()
 
 
-def _opener(deadline: _Deadline, where: str) -> urllib.request.OpenerDirector:
+def _opener(
+    deadline: _Deadline, where: str, allowed: Callable[[Address], bool] | None
+) -> urllib.request.OpenerDirector:
     """urllib's machinery for http and https only, under the deadline."""
+
+    def timeout() -> float:
+        return min(CONNECT_SECONDS, deadline.left())
+
+    def pin(connection: Any) -> None:
+        # Host, server name and certificate stay those of the URL: this is only asked for a socket.
+        if allowed is not None:
+            connection._create_connection = lambda at, *_: _connected(at, timeout, where, allowed)
 
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
@@ -109,14 +135,15 @@ def _opener(deadline: _Deadline, where: str) -> urllib.request.OpenerDirector:
         response_class = Response
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "timeout": min(CONNECT_SECONDS, deadline.left())})
+            super().__init__(*args, **{**kwargs, "timeout": timeout()})
+            pin(self)
 
     class Secure(http.client.HTTPSConnection):
         response_class = Response
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            timeout = min(CONNECT_SECONDS, deadline.left())
-            super().__init__(*args, **{**kwargs, "timeout": timeout, "context": ssl.create_default_context()})
+            super().__init__(*args, **{**kwargs, "timeout": timeout(), "context": ssl.create_default_context()})
+            pin(self)
 
     class PlainHandler(urllib.request.HTTPHandler):
         def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
@@ -128,7 +155,7 @@ def _opener(deadline: _Deadline, where: str) -> urllib.request.OpenerDirector:
 
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler(),
+        urllib.request.ProxyHandler({} if allowed else None),
         urllib.request.UnknownHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
@@ -138,6 +165,31 @@ def _opener(deadline: _Deadline, where: str) -> urllib.request.OpenerDirector:
     ):
         opener.add_handler(handler)
     return opener
+
+
+def _connected(
+    at: tuple[str, int], timeout: Callable[[], float], where: str, allowed: Callable[[Address], bool]
+) -> socket.socket:
+    """A connection to an address that was checked: looked up once, so that a second answer cannot be another one.
+
+    Raises:
+        ImageError: An address is not allowed. It is not told, since strangers need not learn what a name means here.
+        OSError: None can be reached.
+    """
+    found = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
+    if not all(allowed(ipaddress.ip_address(str(place[0]).partition("%")[0])) for *_, place in found):
+        raise ImageError(f"{where}: pictures are fetched from public addresses only, and this server has another one")
+    failed: OSError = socket.gaierror(socket.EAI_NONAME, "no address")
+    for family, kind, protocol, _, place in found:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout())
+            connection.connect(place)
+            return connection
+        except OSError as e:
+            connection.close()
+            failed = e
+    raise failed
 
 
 class _Redirects(urllib.request.BaseHandler):
