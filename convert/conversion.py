@@ -27,15 +27,8 @@ from local_llava.convert.source import FLOATS, SourceTensor
 from local_llava.convert.tokenizer import read_tokenizer
 from local_llava.errors import CheckpointError, OutputError
 from local_llava.llm_vocab import PHI3_TOKENS, is_named_phi3
-from local_llava.types import (
-    DEFAULT_MMPROJ_QUANT,
-    DEFAULT_QUANT,
-    GRID_RULE,
-    PAIR_KEY,
-    ModelFiles,
-    Preprocessing,
-    fits_grid,
-)
+from local_llava.preprocessing import GRID_RULE, Preprocessing, fits_grid
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, PAIR_KEY, ModelFiles
 
 _UNUSED = re.compile(
     r".*(rotary_emb\.inv_freq|position_ids|post_layernorm\.\w+|visual_projection\.weight"

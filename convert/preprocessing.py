@@ -12,7 +12,7 @@ from pathlib import Path
 
 from local_llava.convert.config import Config, read_json
 from local_llava.errors import CheckpointError
-from local_llava.types import Preprocessing, PreprocessMode
+from local_llava.preprocessing import Preprocessing, PreprocessMode
 
 log = logging.getLogger("local_llava")
 

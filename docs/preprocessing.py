@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from local_llava.images import preprocess, with_mode
-from local_llava.types import PreprocessChoice, Preprocessing
+from local_llava.preprocessing import Preprocessing
+from local_llava.types import PreprocessChoice
 
 # The tower of LLaVA 1.5 and its kin: CLIP ViT-L/14 at 336 pixels.
 TOWER = Preprocessing(336, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

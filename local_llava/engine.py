@@ -30,11 +30,12 @@ from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mod
 from local_llava.llm import LLM
 from local_llava.loading import Loaded, load
 from local_llava.pictures import anyres
+from local_llava.preprocessing import Preprocessing
 from local_llava.request import Picture, Request, as_units, n_tokens
 from local_llava.scheduler import Scheduler
 from local_llava.schema.compiler import compile_schema
 from local_llava.schema.constraint import Constraint, Vocabulary
-from local_llava.types import Chunk, Message, ModelFiles, Options, Preprocessing, Reply
+from local_llava.types import Chunk, Message, ModelFiles, Options, Reply
 from local_llava.worker import CLOSED, Ticket, Worker
 
 log = logging.getLogger("local_llava")

@@ -21,7 +21,8 @@ from local_llava.pictures import anyres, clipboard
 from local_llava.pictures.decode import decode, rgb_of
 from local_llava.pictures.pixels import MAX_PIXELS, from_array
 from local_llava.pictures.sources import read_source
-from local_llava.types import PreprocessChoice, Preprocessing
+from local_llava.preprocessing import Preprocessing
+from local_llava.types import PreprocessChoice
 
 __all__ = ["ImageLike", "load_image", "preprocess", "preprocess_tiles", "with_mode"]
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from local_llava.errors import ModelFileError
 from local_llava.ggml_rows import QUANTIZABLE
 from local_llava.gguf_file import TYPES, GGUFFile
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 MAX_PATCHES = 4096
 """Patches of a picture; LLaVA's largest tower has 576."""

@@ -26,7 +26,8 @@ from local_llava.llm_vocab import Vocab
 from local_llava.mmproj import TowerConfig
 from local_llava.model_list import ModelEntry
 from local_llava.placement import MAX_DEFAULT_N_CTX
-from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT, Preprocessing
+from local_llava.preprocessing import Preprocessing
+from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT
 
 QUANTS = tuple(mixes.LLM_MIXES)
 """Types of the language model, from the largest to the smallest."""

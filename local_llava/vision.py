@@ -19,8 +19,8 @@ from local_llava import devices, ggml
 from local_llava.corrections import open_model
 from local_llava.errors import EngineError
 from local_llava.mmproj import TowerConfig, check_mmproj
+from local_llava.preprocessing import Preprocessing
 from local_llava.store.digest import file_digest
-from local_llava.types import Preprocessing
 from local_llava.vision_graph import PATCHES, Graph, Places, new_context, patches
 from local_llava.vision_weights import load_weights, read_newline
 

@@ -25,8 +25,9 @@ from local_llava import ImageError, Llava, Message, PromptError, UsageError, emb
 from local_llava.convert import convert
 from local_llava.images import preprocess, preprocess_tiles, with_mode
 from local_llava.pictures.anyres import Arrangement, arrangement, best_resolution, cut, most_tiles, most_tokens
+from local_llava.preprocessing import Preprocessing
 from local_llava.request import Picture
-from local_llava.types import ModelFiles, Preprocessing
+from local_llava.types import ModelFiles
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -25,7 +25,7 @@ from local_llava.convert.conversion import model_name
 from local_llava.convert.mixes import LLM_MIXES, MMPROJ_MIXES
 from local_llava.errors import CheckpointError, OutputError, UsageError
 from local_llava.gguf_file import TYPES, GGUFFile
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from local_llava.errors import ImageError, ModelFileError, UsageError
 from local_llava.images import load_image, preprocess, with_mode
 from local_llava.pictures import isolated
 from local_llava.pictures.file_checks import check_gif, checked_jpeg
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 REAL = ["astronaut", "brick", "camera", "cell", "checkerboard", "chelsea", "clock", "coffee", "coins", "colorwheel",

@@ -35,7 +35,7 @@ from local_llava.convert import Companions, convert, prepare
 from local_llava.convert.families import official, open_checkpoint
 from local_llava.errors import CheckpointError
 from local_llava.gguf_file import GGUFFile
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 TOWER = "openai/clip-vit-tiny"
 """What the writer's configurations call the tower."""

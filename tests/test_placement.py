@@ -29,9 +29,9 @@ from local_llava.llm_vocab import Vocab
 from local_llava.memory import Weights
 from local_llava.mmproj import TowerConfig, check_mmproj
 from local_llava.placement import Placement, choose
+from local_llava.preprocessing import Preprocessing
 from local_llava.scheduler import N_RETIRED
 from local_llava.speculation import MAX_GUESSED
-from local_llava.types import Preprocessing
 
 GB = 10**9
 

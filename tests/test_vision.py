@@ -19,8 +19,8 @@ from local_llava import ggml, vision, vision_weights
 from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile
 from local_llava.mmproj import NEWLINE, assumed_feature_layer
+from local_llava.preprocessing import Preprocessing
 from local_llava.store.digest import file_digest
-from local_llava.types import Preprocessing
 from local_llava.vision import VisionTower, check_mmproj
 
 F32_BAR, F16_BAR, Q8_BAR = 1e-5, 1e-3, 5e-2

@@ -21,7 +21,7 @@ from xtuner_checkpoints import TOWER, save_adapter, save_encoder, save_llm, save
 from local_llava.convert import Companions, convert, prepare
 from local_llava.errors import CheckpointError
 from local_llava.gguf_file import GGUFFile
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 STOCK = "openai/clip-vit-large-patch14-336"
 

@@ -23,7 +23,7 @@ from local_llava.convert.plan import Field, Load
 from local_llava.convert.source import SourceTensor
 from local_llava.convert.weights import read_weights
 from local_llava.errors import CheckpointError
-from local_llava.types import Preprocessing, PreprocessMode
+from local_llava.preprocessing import Preprocessing, PreprocessMode
 
 Strategy: TypeAlias = Literal["default", "full"]
 """Whether the projector gets the patches alone, or the class token as well."""

@@ -16,7 +16,7 @@ from local_llava.convert.families import Parts, Row, Strategy, Tower
 from local_llava.convert.plan import Field
 from local_llava.errors import CheckpointError
 from local_llava.mmproj import ACTIVATION_KEY, NEWLINE, NORM_EPS_KEY, STRATEGY_KEY, Activation, ffn_names
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 MAX_GRID = 64
 """Patches in a row; the runtime takes no more."""

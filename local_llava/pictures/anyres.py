@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from local_llava.types import Preprocessing
+from local_llava.preprocessing import Preprocessing
 
 __all__ = ["Arrangement", "arrangement", "best_resolution", "cut", "most_tiles", "most_tokens"]
 

@@ -35,6 +35,9 @@ _BUILTIN = "tiny-llava"
 _LATEST = ":latest"
 """What clients of Ollama put behind a name without a type."""
 
+_MAX_NAME = 200
+"""Characters of a name in a request; those of repositories have fewer."""
+
 _FRESH_S = 5.0
 """How long a name means what it meant, as long as the files are there."""
 _MAX_FRESH = 256
@@ -89,6 +92,8 @@ class Catalog:
         name = (name or "").strip()
         if name.lower().endswith(_LATEST):
             name = name[: -len(_LATEST)]
+        if len(name) > _MAX_NAME:
+            raise UnknownModelError(f"{name[:40]!a}...: no model has a name of {len(name)} characters")
         until, known = self._fresh.get(name, (0.0, None))
         if known is not None and time.monotonic() < until and _exists(known.source):
             return known
