@@ -40,10 +40,10 @@ from schemathesis import GenerationMode
 
 from local_llava.server import completions_wire, ollama_wire, openai_wire, responses_wire
 from local_llava.server.backend import Job
+from local_llava.server.defaults import Defaults
 from local_llava.server.errors import failure
 from local_llava.server.image_refs import ImagePolicy
 from local_llava.server.json_body import parse_object
-from local_llava.server.openai_errors import checked
 from local_llava.server.openai_request import ChatRequest, CompletionRequest
 from local_llava.server.responses_request import ResponsesRequest
 from local_llava.server.settings import ServerSettings
@@ -153,19 +153,19 @@ def explore(strategy: st.SearchStrategy[Any], check: Check, end: float, chosen: 
 def _asked(path: str, body: Any) -> Job | None:
     """What a parser makes of a body."""
     body = parse_object(as_json(body))
-    defaults, given_ = openai_wire.Defaults(100, 7), ollama_wire.Given(100, 7)
+    defaults = Defaults(100, 7)
     match path:
         case fuzz_requests.CHAT:
-            return openai_wire.chat(checked(ChatRequest, body), defaults).jobs[0]
+            return openai_wire.chat(parsed(ChatRequest, body), defaults).jobs[0]
         case "/v1/completions":
-            return completions_wire.completions(checked(CompletionRequest, body), defaults).jobs[0]
+            return completions_wire.completions(parsed(CompletionRequest, body), defaults).jobs[0]
         case "/v1/responses":
-            return responses_wire.responses(checked(ResponsesRequest, body), defaults).jobs[0]
+            return responses_wire.responses(parsed(ResponsesRequest, body), defaults).jobs[0]
         case "/api/generate":
-            return ollama_wire.generate_job(parsed(ollama_wire.GenerateRequest, body), given_)[0]
+            return ollama_wire.generate_job(parsed(ollama_wire.GenerateRequest, body), defaults)[0]
         case "/api/chat":
             request = parsed(ollama_wire.ChatRequest, body)
-            return ollama_wire.chat_job(request, given_)[0] if request.messages else None
+            return ollama_wire.chat_job(request, defaults)[0] if request.messages else None
     return None
 
 

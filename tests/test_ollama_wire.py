@@ -13,12 +13,13 @@ from scripted_backend import TIMINGS, reply
 
 from local_llava.server import durations, ollama_replies, ollama_wire
 from local_llava.server.backend import Job, ModelInfo
+from local_llava.server.defaults import Defaults
 from local_llava.server.errors import RequestError
-from local_llava.server.ollama_wire import ChatRequest, GenerateRequest, Given, Hearing, ToolCall
+from local_llava.server.ollama_wire import ChatRequest, GenerateRequest, Hearing, ToolCall
 from local_llava.server.validation import parsed
 from local_llava.types import Message, Options, TokenLogprob
 
-GIVEN = Given(max_tokens=1000, fresh_seed=77)
+GIVEN = Defaults(max_tokens=1000, seed=77)
 WEATHER = {
     "type": "function",
     "function": {
@@ -34,7 +35,7 @@ def generate(**body: Any) -> Job:
     return ollama_wire.generate_job(parsed(GenerateRequest, {"prompt": "What?", **body}), GIVEN)[0]
 
 
-def chat(*messages: dict[str, Any], given: Given = GIVEN, **body: Any) -> tuple[Job, Hearing]:
+def chat(*messages: dict[str, Any], given: Defaults = GIVEN, **body: Any) -> tuple[Job, Hearing]:
     """What /api/chat asks, and what hears the answer."""
     return ollama_wire.chat_job(parsed(ChatRequest, {"messages": list(messages), **body}), given)
 
@@ -173,7 +174,7 @@ def test_chat_asks_a_conversation() -> None:
 
 
 def test_chat_takes_the_servers_system_prompt() -> None:
-    given = Given(max_tokens=1000, fresh_seed=1, system="Be kind.")
+    given = Defaults(max_tokens=1000, seed=1, system="Be kind.")
     assert chat(user("What?"), given=given)[0].messages[0] == Message("system", "Be kind.")
 
 

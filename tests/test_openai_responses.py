@@ -15,12 +15,13 @@ from test_openai_tools import CITY, NOTHING, WEATHER
 from local_llava.errors import EngineError, UsageError
 from local_llava.schema.compiler import compile_schema
 from local_llava.server.backend import EngineDiedError, Job
+from local_llava.server.defaults import Defaults
 from local_llava.server.errors import RequestError
-from local_llava.server.openai_errors import checked
-from local_llava.server.openai_wire import Asked, Defaults
+from local_llava.server.openai_wire import Asked
 from local_llava.server.responses_request import ResponsesRequest
 from local_llava.server.responses_wire import responses
 from local_llava.server.tools import Toolbox
+from local_llava.server.validation import parsed
 from local_llava.types import Message, Options
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -31,7 +32,7 @@ TOOLS: list[dict[str, Any]] = [
 
 
 def asked(**fields: Any) -> Asked:
-    return responses(checked(ResponsesRequest, {"input": "What is this?", **fields}), Defaults(1000, 7))
+    return responses(parsed(ResponsesRequest, {"input": "What is this?", **fields}), Defaults(1000, 7))
 
 
 def job(**fields: Any) -> Job:

@@ -9,10 +9,11 @@ import pytest
 
 from local_llava.server.backend import Job
 from local_llava.server.completions_wire import completions
+from local_llava.server.defaults import Defaults
 from local_llava.server.errors import RequestError
-from local_llava.server.openai_errors import checked
 from local_llava.server.openai_request import MAX_CHOICES, ChatRequest, CompletionRequest
-from local_llava.server.openai_wire import Asked, Defaults, chat, spread
+from local_llava.server.openai_wire import Asked, chat, spread
+from local_llava.server.validation import parsed
 from local_llava.types import Message, Options
 
 DEFAULTS = Defaults(max_tokens=1000, seed=7)
@@ -20,7 +21,7 @@ QUESTION = {"role": "user", "content": "What is this?"}
 
 
 def asked(defaults: Defaults = DEFAULTS, **fields: Any) -> Asked:
-    return chat(checked(ChatRequest, {"messages": [QUESTION], **fields}), defaults)
+    return chat(parsed(ChatRequest, {"messages": [QUESTION], **fields}), defaults)
 
 
 def job(**fields: Any) -> Job:
@@ -274,7 +275,7 @@ def test_neutral_values_of_what_is_not_supported() -> None:
 
 
 def complete(**fields: Any) -> Asked:
-    return completions(checked(CompletionRequest, {"prompt": "Once", **fields}), DEFAULTS)
+    return completions(parsed(CompletionRequest, {"prompt": "Once", **fields}), DEFAULTS)
 
 
 def test_prompts_are_raw() -> None:

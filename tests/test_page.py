@@ -8,150 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
-import pytest
 import scenes
 import server_process
 import tiny_world
-from browser import browser as started_browser
-from playwright.sync_api import Browser, Locator, Page, expect
-
-HERE = Path(__file__).parent
-expect.set_options(timeout=20_000)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with started_browser() as found:
-        yield found
-
-
-class Server:
-    """A server in a process of its own, with its own directory for temporary files."""
-
-    def __init__(self, command: list[str], url: str, directory: Path) -> None:
-        self.url, self.temporary, self._command = url, directory / "tmp", command
-        self.temporary.mkdir(exist_ok=True)
-        self._cwd = directory
-        self.start()
-
-    def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-        environment.update(TMPDIR=str(self.temporary), PYTHONPATH=str(HERE))
-        self._process = subprocess.Popen(self._command, env=environment, cwd=self._cwd)
-        until(lambda: reachable(self.url), "the server does not start", seconds=60)
-
-    def stop(self) -> int:
-        self._process.terminate()
-        return self._process.wait(30)
-
-    def files(self) -> list[Path]:
-        """What it left in its directory."""
-        return [path for path in self._cwd.rglob("*") if path.is_file()]
-
-
-def reachable(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code in (200, 401)
-    except httpx.TransportError:
-        return False
-
-
-def until(happened: Callable[[], bool], otherwise: str, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def scripted_server(directory: Path, **settings: Any) -> Iterator[Server]:
-    port = free_port()
-    command = [sys.executable, str(HERE / "page_server.py"), str(port), json.dumps(settings)]
-    running = Server(command, f"http://127.0.0.1:{port}", directory)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with scripted_server(tmp_path_factory.mktemp("page")) as running:
-        yield running
-
-
-@pytest.fixture
-def page(chromium: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(chromium, server.url)
-
-
-def opened(chromium: Browser, url: str, **how: Any) -> Iterator[Page]:
-    """The page in a fresh browser profile. What it asks of any other server, or says of an error, fails the test."""
-    context = chromium.new_context(**how)
-    foreign, errors = [], []
-    context.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else foreign.append(r.url))
-    context.on("weberror", lambda e: errors.append(str(e.error)))
-    page = context.new_page()
-    page.goto(url)
-    expect(page.get_by_role("textbox", name="Question")).to_be_visible()
-    yield page
-    context.close()
-    assert not foreign
-    assert not errors
-
-
-def png(seed: int = 1) -> bytes:
-    data = io.BytesIO()
-    tiny_world.picture(seed).save(data, "PNG")
-    return data.getvalue()
-
-
-def add(page: Page, name: str = "scene.png", data: bytes | None = None) -> None:
-    buffer = png() if data is None else data
-    page.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": "image/png", "buffer": buffer})
-    expect(page.get_by_role("button", name=f"Leave out {name}")).to_be_visible()
-
-
-def ask(page: Page, question: str) -> None:
-    box = page.get_by_role("textbox", name="Question", exact=True)
-    box.fill(question)
-    box.press("Enter")
-
-
-def answers(page: Page) -> Locator:
-    return page.get_by_role("article", name="Answer")
-
-
-def answered(page: Page, question: str, n: int = 1) -> Locator:
-    """The answer to a question, complete; `n` are there then."""
-    ask(page, question)
-    expect(answers(page)).to_have_count(n)
-    last = answers(page).last
-    expect(last.locator(".llava-note")).to_contain_text("to the first")
-    return last
-
-
-def echo(answer: Locator) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(answer.locator(".llava-text").inner_text())
-    return found
+from page_actions import (
+    Server,
+    add,
+    answered,
+    answers,
+    ask,
+    echo,
+    opened,
+    png,
+    scripted_server,
+    until,
+)
+from playwright.sync_api import Browser, Page, expect
 
 
 def test_a_picture_is_asked_about_and_the_model_gets_its_very_bytes(page: Page) -> None:
@@ -377,114 +253,6 @@ def test_an_answer_is_copied(page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     answered(page, "write **as written**").get_by_role("button", name="Copy").click()
     page.wait_for_function("async () => (await navigator.clipboard.readText()) === '**as written**'")
-
-
-def focused(page: Page) -> str:
-    """What has the focus, as a screen reader calls it; "" for nothing."""
-    focus = page.locator(":focus:not(body)")
-    return next(iter(re.findall(r'"([^"]*)"', focus.aria_snapshot())), "") if focus.count() else ""
-
-
-def test_everything_is_done_with_the_keyboard(page: Page) -> None:
-    until(lambda: focused(page) == "Question", "nobody can type at once")
-    page.keyboard.type("write one")
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.type("two")
-    page.keyboard.press("Enter")
-    expect(answers(page).last.locator(".llava-note")).to_contain_text("to the first")
-    expect(page.get_by_role("article", name="Question")).to_contain_text("write one\ntwo")
-    assert focused(page) == "Question"
-
-    reached = []
-    page.evaluate("() => document.activeElement.blur()")
-    for _ in range(25):
-        page.keyboard.press("Tab")
-        reached.append(focused(page))
-    wanted = [
-        "To the question",
-        "Conversations",
-        "Model",
-        "Settings",
-        "New conversation",
-        "write one two",
-        "Delete write one two",
-        "Copy",
-        "Edit",
-        "Answer again",
-        "Add pictures",
-        "Take a picture",
-        "Question",
-        "Ask",
-    ]
-    assert [name for name in wanted if name not in reached] == []
-
-    page.get_by_role("button", name="Answer again").focus()
-    page.keyboard.press("Enter")
-    expect(answers(page).last.locator(".llava-note")).to_contain_text("to the first")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add pictures").focus()
-        page.keyboard.press("Enter")
-    chooser.value.set_files({"name": "keys.png", "mimeType": "image/png", "buffer": png()})
-    expect(page.get_by_role("img", name="Picture keys.png")).to_be_visible()
-    page.get_by_role("button", name="Settings").focus()
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("dialog")).to_have_count(0)
-
-
-UNNAMED = re.compile(r"^\s*- (button|textbox|combobox|img|link|dialog|spinbutton)(?! \").*$", re.MULTILINE)
-
-
-def test_everything_has_a_name_for_screen_readers(page: Page) -> None:
-    add(page)
-    answered(page, "write something")
-    add(page, "next.png")
-    assert page.locator("html").get_attribute("lang") == "en-US"
-    tree = page.locator("body").aria_snapshot()
-    assert UNNAMED.findall(tree) == []
-    for role in ("banner", "navigation", "main", "contentinfo", "log", "heading"):
-        assert f"- {role}" in tree, role
-    # What was said when it was complete, and not before.
-    expect(page.get_by_role("status").first).to_have_text("next.png is added")
-    page.get_by_role("button", name="Settings").click()
-    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
-    assert UNNAMED.findall(page.locator("body").aria_snapshot()) == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_readable_and_nothing_sticks_out_of_a_phone(chromium: Browser, server: Server, scheme: str) -> None:
-    how = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme, "has_touch": True, "is_mobile": True}
-    for page in opened(chromium, server.url, **how):
-        add(page)
-        answered(page, "write " + "averyverylongword" * 20)
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
-        for name in (".llava-text", ".llava-note", ".llava-heading", ".llava-question textarea"):
-            assert contrast(page.locator(name).last) >= 4.5, name
-        assert page.get_by_role("navigation", name="Conversations").is_hidden()
-        page.get_by_role("button", name="Conversations").click()
-        page.get_by_role("button", name="New conversation").click()
-        expect(answers(page)).to_have_count(0)
-
-
-def contrast(element: Locator) -> float:
-    """Of text and what is behind it, as WCAG counts it."""
-    colors: list[str] = element.evaluate(
-        """(element) => {
-            const color = getComputedStyle(element).color;
-            while (element && /rgba\\(.*, 0\\)|transparent/.test(getComputedStyle(element).backgroundColor))
-                element = element.parentElement;
-            return [color, element ? getComputedStyle(element).backgroundColor : "rgb(255, 255, 255)"];
-        }"""
-    )
-    text, behind = sorted(map(_luminance, colors))
-    return (behind + 0.05) / (text + 0.05)
-
-
-def _luminance(color: str) -> float:
-    channels = [int(float(value)) / 255 for value in re.findall(r"[\d.]+", color)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_nothing_is_written_and_no_file_is_served_but_the_pages_own(page: Page, server: Server) -> None:

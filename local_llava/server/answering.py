@@ -1,4 +1,4 @@
-"""One answer on its way to an HTTP client: it ends when the client goes.
+"""Work for an HTTP client: it ends when the client goes.
 
 Knows how ASGI tells that a client went. Knows no API.
 """
@@ -6,14 +6,10 @@ Knows how ASGI tells that a client went. Knows no API.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-
-from local_llava.errors import EngineError
-from local_llava.types import Chunk, Reply
 
 T = TypeVar("T")
 
@@ -42,26 +38,6 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def whole(request: Request, chunks: AsyncGenerator[Chunk, None]) -> Reply:
-    """The complete answer.
-
-    Raises:
-        ClientGoneError: The client went; `chunks` is closed.
-        LocalLlavaError: As `Backend.stream`.
-    """
-
-    async def last() -> Reply:
-        reply = None
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                reply = chunk.reply
-        if reply is None:
-            raise EngineError("the model was closed before the answer was complete")
-        return reply
-
-    return await until_gone(request, last())
 
 
 async def _gone(request: Request) -> None:

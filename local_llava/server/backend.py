@@ -96,7 +96,7 @@ class Backend(Protocol):
         ...
 
     def info(self, name: str | None) -> ModelInfo:
-        """One of them; None or "" for the default one.
+        """One of them; None or "" for the default one. Clients of Ollama may put `:latest` behind a name.
 
         Raises:
             UnknownModelError: There is none of that name. Nothing is downloaded.

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from local_llava.server.backend import Job
+from local_llava.server.defaults import Defaults
+from local_llava.server.errors import unsupported
 from local_llava.server.openai_replies import Stamp, finite, timings, usage
 from local_llava.server.openai_request import MAX_CHOICES, CompletionRequest
-from local_llava.server.openai_wire import Asked, Defaults, refused, sampling, stops
+from local_llava.server.openai_wire import Asked, sampling, stops
 from local_llava.types import Chunk, Message, Reply, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 16
@@ -28,12 +30,14 @@ def completions(request: CompletionRequest, defaults: Defaults) -> Asked:
     n = request.n or 1
     for name in ("echo", "suffix"):
         if getattr(request, name):
-            raise refused(name, "is not supported: leave it out")
+            raise unsupported(name, "is not supported: leave it out")
     if request.best_of not in (None, n):
-        raise refused("best_of", "must be as large as n: all answers are returned")
+        raise unsupported("best_of", "must be as large as n: all answers are returned")
     texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     if len(texts) * n > MAX_CHOICES:
-        raise refused("prompt", f"asks for {len(texts) * n} answers; at most {MAX_CHOICES} are given to one request")
+        raise unsupported(
+            "prompt", f"asks for {len(texts) * n} answers; at most {MAX_CHOICES} are given to one request"
+        )
     options = sampling(request, defaults)
     options.setdefault("max_tokens", min(DEFAULT_MAX_TOKENS, defaults.max_tokens))
     if stop := stops(request):

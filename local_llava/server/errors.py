@@ -5,10 +5,15 @@ Knows the exceptions of `local_llava.errors` and `backend`. Anything else is a d
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from local_llava.errors import BusyError, EngineError, ImageError, LocalLlavaError, PromptError, UsageError
 from local_llava.server.backend import EngineDiedError, RestartingError, StoppingError, UnknownModelError
+
+log = logging.getLogger("local_llava")
 
 
 class RequestError(LocalLlavaError):
@@ -26,6 +31,11 @@ class RequestError(LocalLlavaError):
         self.status, self.param, self.code = status, param, code
 
 
+def unsupported(name: str, reason: str) -> RequestError:
+    """A field that asks for what there is not."""
+    return RequestError(f"{name} {reason}", param=name, code="unsupported_value")
+
+
 @dataclass(frozen=True)
 class Failure:
     """What a client is told of an error."""
@@ -39,6 +49,19 @@ class Failure:
     code: str | None = None
     retry_after_s: float | None = None
     """Sent as Retry-After, in whole seconds."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the response says of it besides its body."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(math.ceil(self.retry_after_s))}
+
+    def openai(self) -> dict[str, Any]:
+        """The body in OpenAI's form."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def ollama(self) -> dict[str, Any]:
+        """The body in Ollama's form."""
+        return {"error": self.message}
 
 
 _BUSY_RETRY_S = 2.0
@@ -74,6 +97,14 @@ def failure(error: BaseException) -> Failure:
         case LocalLlavaError():
             return Failure(500, text, "server_error", None, "model_error")
     return Failure(500, "a defect of local-llava; its log says more", "server_error", None, "internal_error")
+
+
+def reported(error: BaseException) -> Failure:
+    """What a client is told of an error; the log is told of a defect."""
+    failed = failure(error)
+    if failed.code == "internal_error":
+        log.error("a request failed", exc_info=error)
+    return failed
 
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

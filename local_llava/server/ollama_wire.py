@@ -10,22 +10,19 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from local_llava.server import durations, tools
 from local_llava.server.backend import Job
-from local_llava.server.errors import RequestError
+from local_llava.server.defaults import ANY_OBJECT, Defaults, seed_of
+from local_llava.server.errors import RequestError, unsupported
 from local_llava.server.tool_reader import Arguments, CallBegun, PlainReader, Reading, Said, ToolReader
 from local_llava.server.tools import Call, Toolbox
 from local_llava.server.turns import Turn, conversation
 from local_llava.types import Message
 
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
-"""What `"format": "json"` asks for."""
-_SEEDS = 2**32 - 1
 _MANY, _TOOLS = 4096, 128
 """Messages, pictures and calls, and functions, in one request; the context would not hold so many."""
 
@@ -177,19 +174,7 @@ class ModelRequest(_Wire):
     name: Annotated[Name | None, Field(description="The older name of `model`.")] = None
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the server gives to requests."""
-
-    max_tokens: int
-    """Of an answer, at most."""
-    fresh_seed: int
-    """For one that names none."""
-    system: str | None = None
-    """System prompt for one that has none."""
-
-
-def generate_job(request: GenerateRequest, given: Given) -> tuple[Job, Hearing]:
+def generate_job(request: GenerateRequest, defaults: Defaults) -> tuple[Job, Hearing]:
     """What `/api/generate` asks with its prompt, and what hears the answer.
 
     Raises:
@@ -197,20 +182,20 @@ def generate_job(request: GenerateRequest, given: Given) -> tuple[Job, Hearing]:
     """
     for name in ("suffix", "template"):
         if getattr(request, name):
-            raise _refused(name, "is not supported: the chat's format is in the model's file; leave it out")
+            raise unsupported(name, "is not supported: the chat's format is in the model's file; leave it out")
     if request.context:
-        raise _refused("context", "is not supported: send the conversation's messages to /api/chat")
+        raise unsupported("context", "is not supported: send the conversation's messages to /api/chat")
     if request.raw and request.system:
-        raise _refused("system", "is not accepted with raw, which takes the prompt as it is")
+        raise unsupported("system", "is not accepted with raw, which takes the prompt as it is")
     messages = [Message("user", request.prompt or "", _pictures(request.images))]
     if request.system:
         messages.insert(0, Message("system", request.system))
-    return Job(messages, _fields(request, given), raw=bool(request.raw)), Hearing(PlainReader())
+    return Job(messages, _fields(request, defaults), raw=bool(request.raw)), Hearing(PlainReader())
 
 
-def chat_job(request: ChatRequest, given: Given) -> tuple[Job, Hearing]:
+def chat_job(request: ChatRequest, defaults: Defaults) -> tuple[Job, Hearing]:
     """What `/api/chat` asks with its messages, and what hears the answer. Errors are those of `generate_job`."""
-    fields = _fields(request, given)
+    fields = _fields(request, defaults)
     toolbox: Toolbox | None = None
     reader: Reading = PlainReader()
     if request.tools:
@@ -222,7 +207,7 @@ def chat_job(request: ChatRequest, given: Given) -> tuple[Job, Hearing]:
         fields["json_schema"] = toolbox.schema()
         # The tokens of what the client gets to see are not those that the model wrote.
         fields.pop("logprobs", None)
-    messages = conversation(_turns(request.messages or ()), toolbox, given.system)
+    messages = conversation(_turns(request.messages or ()), toolbox, defaults.system)
     return Job(messages, fields), Hearing(reader)
 
 
@@ -294,24 +279,20 @@ def _pictures(images: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(text if text.startswith("data:") else f"data:;base64,{text}" for text in images or ())
 
 
-def _fields(request: _Ask, given: Given) -> dict[str, Any]:
+def _fields(request: _Ask, defaults: Defaults) -> dict[str, Any]:
     """Fields of `Options`."""
     if request.think:
-        raise _refused("think", "must be false: LLaVA models do not think aloud")
+        raise unsupported("think", "must be false: LLaVA models do not think aloud")
     sampling = request.options or Sampling()
     fields = {name: getattr(sampling, name) for name in ("temperature", "top_p", "min_p", "repeat_penalty")}
     fields["top_k"] = None if sampling.top_k is None else max(sampling.top_k, 0)
     stop = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
     fields["stop"] = tuple(text for text in stop or () if text) or None
-    seed = given.fresh_seed if sampling.seed is None or sampling.seed < 0 else sampling.seed
-    fields["seed"] = seed % _SEEDS
+    seed = defaults.seed if sampling.seed is None or sampling.seed < 0 else sampling.seed
+    fields["seed"] = seed_of(seed)
     n = sampling.num_predict
-    fields["max_tokens"] = None if n is None else min(n, given.max_tokens) if n > 0 else given.max_tokens
+    fields["max_tokens"] = None if n is None else min(n, defaults.max_tokens) if n > 0 else defaults.max_tokens
     fields["json_schema"] = ANY_OBJECT if request.format == "json" else request.format or None
     fields["overflow"] = "error" if request.truncate is False else "drop_oldest"
     fields["logprobs"] = request.top_logprobs or 0 if request.logprobs else None
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _refused(name: str, reason: str) -> RequestError:
-    return RequestError(f"{name} {reason}", param=name, code="unsupported_value")

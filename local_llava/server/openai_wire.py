@@ -13,28 +13,14 @@ from typing import Any, Literal, TypeAlias
 
 from local_llava.server import openai_request as wire
 from local_llava.server.backend import Job
-from local_llava.server.errors import RequestError
+from local_llava.server.defaults import ANY_OBJECT, Defaults, seed_of
+from local_llava.server.errors import RequestError, unsupported
 from local_llava.server.tool_reader import PlainReader, Reading, ToolReader
 from local_llava.server.tools import Call, Tool, Toolbox
 from local_llava.server.turns import Turn, conversation
 
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
-"""What JSON is, where no schema says more."""
-
 Choice: TypeAlias = Literal["none", "auto", "required", "one"]
 """Whether functions may or must be called."""
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What the server says where a request does not."""
-
-    max_tokens: int
-    """Of an answer, at most."""
-    seed: int
-    """For a request that names none, so that each gets another answer."""
-    system: str | None = None
-    """System prompt of a conversation that does not begin with one."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +71,10 @@ def chat(request: wire.ChatRequest, defaults: Defaults) -> Asked:
     stop = stops(request)
     if request.logprobs:
         if toolbox is not None:
-            raise refused("logprobs", "cannot be given where functions can be called")
+            raise unsupported("logprobs", "cannot be given where functions can be called")
         options["logprobs"] = request.top_logprobs or 0
     elif request.top_logprobs is not None:
-        raise refused("top_logprobs", "needs logprobs to be true")
+        raise unsupported("top_logprobs", "needs logprobs to be true")
     if request.max_completion_tokens is not None:
         options["max_tokens"] = min(request.max_completion_tokens, defaults.max_tokens)
     for name in ("preprocess", "overflow"):
@@ -119,7 +105,7 @@ def sampling(request: wire.Sampling, defaults: Defaults) -> dict[str, Any]:
     """
     for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
         if getattr(request, name):
-            raise refused(name, "is not supported; repeat_penalty is what there is against repetition")
+            raise unsupported(name, "is not supported; repeat_penalty is what there is against repetition")
     names = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
     options = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     if request.max_tokens is not None:
@@ -128,19 +114,9 @@ def sampling(request: wire.Sampling, defaults: Defaults) -> dict[str, Any]:
     return options
 
 
-def seed_of(seed: int) -> int:
-    """The engine's seed for any whole number."""
-    return seed % (2**32 - 1)
-
-
 def stops(request: wire.Sampling) -> tuple[str, ...]:
     """Texts that end an answer."""
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-
-
-def refused(name: str, reason: str) -> RequestError:
-    """A field that asks for what there is not."""
-    return RequestError(f"{name} {reason}", param=name, code="unsupported_value")
 
 
 def function_of(name: str, description: str | None, parameters: Mapping[str, Any] | None, where: str) -> Tool:
@@ -157,7 +133,7 @@ def function_of(name: str, description: str | None, parameters: Mapping[str, Any
     """
     schema = {"type": "object", "properties": {}} if parameters is None else {"type": "object", **parameters}
     if schema["type"] != "object":
-        raise refused(where, 'must be the schema of an object: its type must be "object"')
+        raise unsupported(where, 'must be the schema of an object: its type must be "object"')
     return Tool(name, description or "", schema, where)
 
 
@@ -185,12 +161,14 @@ def toolbox_of(
     """
     known = [tool.name for tool in tools]
     if len(set(known)) < len(known):
-        raise refused("tools", "must have names that differ")
+        raise unsupported("tools", "must have names that differ")
     if choice == "none" or (not tools and choice == "auto"):
         return None
     unknown = [name for name in names or () if name not in known]
     if unknown or not tools:
-        raise refused("tool_choice", f"names {unknown[0]!a:.80}, which is none of tools" if unknown else "needs tools")
+        raise unsupported(
+            "tool_choice", f"names {unknown[0]!a:.80}, which is none of tools" if unknown else "needs tools"
+        )
     chosen = [tool for tool in tools if names is None or tool.name in names]
     return Toolbox(chosen, choice, parallel, answer, answer_where)
 
@@ -206,9 +184,9 @@ def _choice(choice: wire.ToolChoice | None) -> tuple[Choice, list[str] | None]:
 def _refuse_unsupported(request: wire.ChatRequest) -> None:
     for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
         if getattr(request, name) not in (None, [], "none", "auto"):
-            raise refused(name, f"is not supported: use {instead}")
+            raise unsupported(name, f"is not supported: use {instead}")
     if request.modalities is not None and request.modalities != ["text"]:
-        raise refused("modalities", 'must be ["text"]')
+        raise unsupported("modalities", 'must be ["text"]')
 
 
 def _schema(response_format: Any) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ Knows the two forms of errors and what ASGI needs to send one. Who is refused is
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 
 import anyio
@@ -28,10 +27,7 @@ def values(scope: Scope, name: bytes) -> list[bytes]:
 
 def error_json(path: str, failure: Failure) -> str:
     """The error in Ollama's form below /api/, in OpenAI's elsewhere, on one line."""
-    if path.startswith("/api/"):
-        return json.dumps({"error": failure.message})
-    error = {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}
-    return json.dumps({"error": error})
+    return json.dumps(failure.ollama() if path.startswith("/api/") else failure.openai())
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, failure: Failure, *, headers: Headers = ()) -> None:
@@ -48,10 +44,9 @@ async def refuse(scope: Scope, receive: Receive, send: Send, failure: Failure, *
     all_headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in failure.headers.items()),
         *headers,
     ]
-    if failure.retry_after_s is not None:
-        all_headers.append((b"retry-after", str(math.ceil(failure.retry_after_s)).encode()))
     unread = has_body(scope)
     if unread:
         all_headers.append((b"connection", b"close"))

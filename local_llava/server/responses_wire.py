@@ -11,18 +11,10 @@ from typing import Any
 
 from local_llava.server import responses_request as wire
 from local_llava.server.backend import Job
-from local_llava.server.errors import RequestError
+from local_llava.server.defaults import ANY_OBJECT, Defaults, seed_of
+from local_llava.server.errors import RequestError, unsupported
 from local_llava.server.openai_request import JsonFormat
-from local_llava.server.openai_wire import (
-    ANY_OBJECT,
-    Asked,
-    Choice,
-    Defaults,
-    function_of,
-    refused,
-    seed_of,
-    toolbox_of,
-)
+from local_llava.server.openai_wire import Asked, Choice, function_of, toolbox_of
 from local_llava.server.tools import Call
 from local_llava.server.turns import Turn, conversation
 
@@ -45,7 +37,7 @@ def responses(request: wire.ResponsesRequest, defaults: Defaults) -> Asked:
     """
     for name, reason in _STORED.items():
         if getattr(request, name):
-            raise refused(name, reason)
+            raise unsupported(name, reason)
     schema = _schema(request.text)
     toolbox = toolbox_of(
         [
@@ -67,7 +59,7 @@ def responses(request: wire.ResponsesRequest, defaults: Defaults) -> Asked:
         options["overflow"] = "drop_oldest"
     if request.top_logprobs is not None or LOGPROBS in (request.include or ()):
         if toolbox is not None:
-            raise refused("top_logprobs", "and logprobs cannot be given where functions can be called")
+            raise unsupported("top_logprobs", "and logprobs cannot be given where functions can be called")
         options["logprobs"] = request.top_logprobs or 0
     if toolbox is not None:
         schema = toolbox.schema()

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -21,14 +19,17 @@ from starlette.responses import Response
 
 from local_llava import __version__
 from local_llava.errors import UsageError
-from local_llava.server import answering, ollama_replies, ollama_wire, openapi
+from local_llava.server import ollama_replies, ollama_wire, openapi
+from local_llava.server.answering import until_gone
 from local_llava.server.backend import Backend
-from local_llava.server.errors import Failure, RequestError, failure
+from local_llava.server.defaults import Defaults
+from local_llava.server.errors import Failure, RequestError, reported
 from local_llava.server.image_refs import ImagePolicy
 from local_llava.server.json_body import read_json
-from local_llava.server.ollama_wire import ChatRequest, GenerateRequest, Given, Hearing, ModelRequest
+from local_llava.server.ollama_wire import ChatRequest, GenerateRequest, Hearing, ModelRequest
 from local_llava.server.settings import ServerSettings
-from local_llava.server.sse import EventStream
+from local_llava.server.side_by_side import replies
+from local_llava.server.sse import EventStream, json_bytes
 from local_llava.server.validation import parsed
 from local_llava.types import Chunk, Reply
 
@@ -96,30 +97,31 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
     api = APIRouter(prefix="/api", tags=["Ollama"], responses=_REFUSALS)
     warned: set[str] = set()
 
-    def given(body: GenerateRequest | ChatRequest) -> Given:
+    def defaults(body: GenerateRequest | ChatRequest) -> Defaults:
         for name in ollama_wire.ignored(body):
             if name not in warned:
                 warned.add(name)
                 log.warning("Ollama's option %s is not supported, and ignored", name)
-        return Given(settings.max_tokens, secrets.randbits(31), settings.options.get("system"))
+        return Defaults.of(settings)
 
     async def respond(request: Request, body: GenerateRequest | ChatRequest) -> Response:
         started = time.perf_counter()
-        model = (await asyncio.to_thread(backend.info, _name(body.model))).name
+        model = (await asyncio.to_thread(backend.info, body.model)).name
         chat, named = isinstance(body, ChatRequest), body.model or model
         if not (body.messages if isinstance(body, ChatRequest) else body.prompt):
-            await answering.until_gone(request, backend.load(model, keep_alive_s=body.keep_alive))
+            await until_gone(request, backend.load(model, keep_alive_s=body.keep_alive))
             reason = "unload" if body.keep_alive == 0 else "load"
             return _response(ollama_replies.line(chat, named, time.time(), reason=reason))
         if isinstance(body, ChatRequest):
-            job, hearing = ollama_wire.chat_job(body, given(body))
+            job, hearing = ollama_wire.chat_job(body, defaults(body))
         else:
-            job, hearing = ollama_wire.generate_job(body, given(body))
-        job = await answering.until_gone(request, images.resolve(job))
+            job, hearing = ollama_wire.generate_job(body, defaults(body))
+        job = await until_gone(request, images.resolve(job))
         answer = _Answer(chat, named, started, hearing)
         chunks = backend.stream(model, job, keep_alive_s=body.keep_alive)
         if body.stream is False:
-            return Response(answer.whole(await answering.whole(request, chunks)), media_type="application/json")
+            (reply,) = await until_gone(request, replies([chunks]))
+            return Response(answer.whole(reply), media_type="application/json")
         return _Lines(answer.lines(chunks), refusal, _broken)
 
     @api.post(
@@ -159,7 +161,7 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
     )
     async def show(request: Request) -> Response:
         body = parsed(ModelRequest, await read_json(request))
-        model = await asyncio.to_thread(backend.info, _name(body.model or body.name))
+        model = await asyncio.to_thread(backend.info, body.model or body.name)
         return _response(ollama_replies.shown(model))
 
     @api.get("/version", summary="Version of the API", responses=_one(ollama_replies.Version), response_model=None)
@@ -174,8 +176,7 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
 def refusal(error: Exception) -> Response:
     """The response to an error."""
     failed = _failure(error)
-    headers = {} if failed.retry_after_s is None else {"Retry-After": str(math.ceil(failed.retry_after_s))}
-    return Response(_error(failed), failed.status, headers, "application/json")
+    return Response(_error(failed), failed.status, failed.headers, "application/json")
 
 
 def _broken(error: Exception) -> bytes:
@@ -184,17 +185,14 @@ def _broken(error: Exception) -> bytes:
 
 
 def _error(failed: Failure) -> bytes:
-    return _as_json(ollama_replies.Error(error=failed.message))
+    return json_bytes(failed.ollama()) + b"\n"
 
 
 def _failure(error: Exception) -> Failure:
     text = str(error)
     if isinstance(error, UsageError) and text.startswith("schema: ") and "#/$defs/tools[" not in text:
         error = RequestError(f"format: {text.removeprefix('schema: ')}", param="format", code="invalid_value")
-    failed = failure(error)
-    if failed.code == "internal_error":
-        log.error("an answer failed", exc_info=error)
-    return failed
+    return reported(error)
 
 
 def _absent(path: str, instead: str) -> Callable[[], Coroutine[Any, Any, None]]:
@@ -202,11 +200,6 @@ def _absent(path: str, instead: str) -> Callable[[], Coroutine[Any, Any, None]]:
         raise RequestError(f"{path} is not offered: {instead}", status=501, code="not_offered")
 
     return refuse
-
-
-def _name(model: str | None) -> str | None:
-    """Clients of Ollama put the tag `latest` where none was named."""
-    return model.removesuffix(":latest") if model else None
 
 
 def _as_json(value: BaseModel) -> bytes:

@@ -6,7 +6,7 @@ Knows HTTP. What the JSON means is read by `openai_wire`, `completions_wire` and
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -20,10 +20,11 @@ from local_llava.errors import LocalLlavaError
 from local_llava.server import completions_wire, openai_replies, openai_wire, responses_replies, responses_wire
 from local_llava.server.answering import until_gone
 from local_llava.server.backend import Backend
-from local_llava.server.errors import Failure, failure
+from local_llava.server.defaults import Defaults
+from local_llava.server.errors import reported
 from local_llava.server.image_refs import ImagePolicy
 from local_llava.server.json_body import read_json
-from local_llava.server.openai_errors import ErrorBody, checked, error_body, located
+from local_llava.server.openai_errors import ErrorBody, located
 from local_llava.server.openai_replies import Stamp
 from local_llava.server.openai_request import ChatRequest, CompletionRequest, Sampling
 from local_llava.server.openai_wire import Asked, spread
@@ -32,9 +33,8 @@ from local_llava.server.responses_request import ResponsesRequest
 from local_llava.server.settings import ServerSettings
 from local_llava.server.side_by_side import replies, side_by_side
 from local_llava.server.sse import DONE, EventStream, event, json_bytes
+from local_llava.server.validation import parsed
 from local_llava.types import Chunk, Reply
-
-log = logging.getLogger("local_llava")
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request, or too many at a time."},
@@ -55,22 +55,17 @@ class _Pieces(Protocol):
 
 def refusal(error: Exception) -> Response:
     """The response to an error."""
-    failed = _failure(error)
-    headers = {} if failed.retry_after_s is None else {"Retry-After": str(max(1, round(failed.retry_after_s)))}
-    return Response(json_bytes(error_body(failed)), failed.status, headers, "application/json")
+    failed = reported(error)
+    return Response(json_bytes(failed.openai()), failed.status, failed.headers, "application/json")
 
 
 def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> APIRouter:
     """The routes below /v1."""
     api = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_REFUSALS)
 
-    def defaults() -> openai_wire.Defaults:
-        seed = settings.options.get("seed")
-        chance = secrets.randbelow(2**32 - 1) if seed is None else seed
-        return openai_wire.Defaults(settings.max_tokens, chance, settings.options.get("system"))
-
-    def stamped(kind: str, model: str | None) -> Stamp:
-        return Stamp(f"{kind}{secrets.token_hex(12)}", int(time.time()), backend.info(model).name)
+    async def stamped(kind: str, model: str | None) -> Stamp:
+        name = (await asyncio.to_thread(backend.info, model)).name  # it may read files
+        return Stamp(f"{kind}{secrets.token_hex(12)}", int(time.time()), name)
 
     async def begin(request: Request, stamp: Stamp, asked: Asked) -> list[AsyncGenerator[Chunk, None]]:
         """All answers, none of which is begun."""
@@ -92,9 +87,9 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
         openapi_extra=request_body(ChatRequest, "OpenAI"),
     )
     async def chat_completions(request: Request) -> Response:
-        body = checked(ChatRequest, await read_json(request))
-        stamp = stamped("chatcmpl-", body.model)
-        asked = openai_wire.chat(body, defaults())
+        body = parsed(ChatRequest, await read_json(request))
+        stamp = await stamped("chatcmpl-", body.model)
+        asked = openai_wire.chat(body, Defaults.of(settings))
         if not body.stream:
             return _json(openai_replies.completion(stamp, asked, await all_of(request, stamp, asked)))
         pieces = openai_replies.ChatStream(stamp, asked, _with_usage(body))
@@ -108,9 +103,9 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
         openapi_extra=request_body(CompletionRequest, "OpenAI"),
     )
     async def completions(request: Request) -> Response:
-        body = checked(CompletionRequest, await read_json(request))
-        stamp = stamped("cmpl-", body.model)
-        asked = completions_wire.completions(body, defaults())
+        body = parsed(CompletionRequest, await read_json(request))
+        stamp = await stamped("cmpl-", body.model)
+        asked = completions_wire.completions(body, Defaults.of(settings))
         if not body.stream:
             return _json(completions_wire.completion(stamp, asked, await all_of(request, stamp, asked)))
         pieces = completions_wire.CompletionStream(stamp, asked, _with_usage(body))
@@ -124,9 +119,9 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
         openapi_extra=request_body(ResponsesRequest, "OpenAI"),
     )
     async def responses(request: Request) -> Response:
-        body = checked(ResponsesRequest, await read_json(request))
-        stamp = stamped("resp_", body.model)
-        asked = responses_wire.responses(body, defaults())
+        body = parsed(ResponsesRequest, await read_json(request))
+        stamp = await stamped("resp_", body.model)
+        asked = responses_wire.responses(body, Defaults.of(settings))
         if not body.stream:
             (reply,) = await all_of(request, stamp, asked)
             return _json(responses_replies.response(stamp, asked, body, reply))
@@ -135,11 +130,11 @@ def router(backend: Backend, settings: ServerSettings, images: ImagePolicy) -> A
 
     @api.get("/models", summary="All models", response_model=None)
     async def models() -> Response:
-        return _json(openai_replies.models(backend.models()))
+        return _json(openai_replies.models(await asyncio.to_thread(backend.models)))
 
     @api.get("/models/{name:path}", summary="One model", response_model=None)
     async def model(name: str) -> Response:
-        return _json(openai_replies.model(backend.info(name)))
+        return _json(openai_replies.model(await asyncio.to_thread(backend.info, name)))
 
     return api
 
@@ -156,10 +151,10 @@ def _stream(answers: Sequence[AsyncGenerator[Chunk, None]], pieces: _Pieces, ask
     """The response in pieces."""
 
     def broken(error: Exception) -> bytes:
-        failed = _failure(located(error, asked.schema_field))
+        failed = reported(located(error, asked.schema_field))
         if isinstance(pieces, responses_replies.ResponseStream):
             return _event(pieces.broken(failed.message, failed.code, failed.param))
-        return event(error_body(failed))
+        return event(failed.openai())
 
     return EventStream(_events(answers, pieces), lambda e: refusal(located(e, asked.schema_field)), broken)
 
@@ -178,9 +173,3 @@ async def _events(answers: Sequence[AsyncGenerator[Chunk, None]], pieces: _Piece
 def _event(piece: dict[str, Any]) -> bytes:
     """Events of the Responses API have names, which their data say, too."""
     return event(piece, piece.get("type"))
-
-
-def _failure(error: Exception) -> Failure:
-    if not isinstance(error, LocalLlavaError):
-        log.error("a request failed", exc_info=error)
-    return failure(error)

@@ -137,17 +137,15 @@ async def _load(manager: ModelManager, settings: ServerSettings) -> None:
         log.warning("the default model could not be loaded: %s", " ".join(str(e).split()))
 
 
-async def _unless(
-    event: asyncio.Event, work: Coroutine[Any, Any, Any] | asyncio.Future[Any], seconds: float | None = None
-) -> bool:
-    """Whether something was done before an event, or a time, ended the wait for it; if not, it is cancelled.
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any] | asyncio.Future[Any]) -> bool:
+    """Whether something was done before an event ended the wait for it; if not, it is cancelled.
 
     Raises:
         Exception: What it raised.
     """
     working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
-        await asyncio.wait((working, waiting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             working.result()
             return True

@@ -54,7 +54,7 @@ def placeholder_html() -> str:
 <h1>local-llava</h1>
 <p>The server runs. Its page is an extra that is not installed; this installs it, and then start the server anew:</p>
 <pre><code>pip install "local-llava[ui]"</code></pre>
-<p>The APIs of OpenAI and Ollama need no page; <a href="/openapi.json">openapi.json</a> describes them.</p>
+<p>The APIs of OpenAI and Ollama need no page; <a href="/docs">/docs</a> describes them.</p>
 </main>
 </body>
 </html>

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from local_llava.errors import LocalLlavaError
 from local_llava.server.backend import Backend, Job
-from local_llava.server.errors import failure
+from local_llava.server.errors import reported
 from local_llava.server.ui.rendering import caption
-
-log = logging.getLogger("local_llava")
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,5 @@ async def answer(backend: Backend, model: str | None, job: Job) -> AsyncGenerato
                 if chunk.text:
                     yield Progress(text)
         yield Progress(text, error="the model was closed before the answer was complete")
-    except LocalLlavaError as error:
-        yield Progress(text, error=failure(error).message)
     except Exception as error:
-        log.exception("an answer for the page failed")
-        yield Progress(text, error=failure(error).message)
+        yield Progress(text, error=reported(error).message)

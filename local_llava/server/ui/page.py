@@ -7,15 +7,15 @@ The conversation that is open is here as long as the page is; the others, and al
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping
 from contextlib import aclosing, suppress
 
 from nicegui import Client
 
+from local_llava.errors import LocalLlavaError
 from local_llava.server.backend import Backend, UnknownModelError
-from local_llava.server.errors import failure
+from local_llava.server.errors import reported
 from local_llava.server.settings import ServerSettings
 from local_llava.server.ui import conversation as conversations
 from local_llava.server.ui import preferences as settings_of_user
@@ -26,8 +26,6 @@ from local_llava.server.ui.layout import Layout
 from local_llava.server.ui.preferences import Preferences
 from local_llava.server.ui.turns import Actions
 from local_llava.types import Options
-
-log = logging.getLogger("local_llava")
 
 _SHOW_S, _KEEP_S = 0.1, 2.0
 """Seconds between two looks at an answer that grows, and between two copies of it that the browser keeps."""
@@ -217,8 +215,7 @@ class Page:
             except asyncio.CancelledError:
                 self._progress(self._conversation.turns[-1].text, *self._ends_as)
             except Exception as error:
-                log.exception("the page failed")
-                self._progress(self._conversation.turns[-1].text, error=failure(error).message)
+                self._progress(self._conversation.turns[-1].text, error=reported(error).message)
             finally:
                 limit.cancel()
                 self._wanted, self._arrived = set(), {}
@@ -271,8 +268,9 @@ class Page:
     @property
     def _model(self) -> str | None:
         """The model that the user chose, if it is still there; None for the default one."""
-        chosen = self._preferences.model
-        return chosen if any(info.name == chosen for info in self._backend.models()) else None
+        with suppress(LocalLlavaError):
+            return self._backend.info(self._preferences.model).name
+        return None
 
     def _waiting(self) -> str:
         """What an answer waits for, in words."""
