@@ -337,14 +337,20 @@ def test_completions_in_a_stream() -> None:
     assert found[-1]["choices"] == [] and found[-1]["usage"]["total_tokens"] == 35
 
 
-async def leave(backend: Scripted, path: str, body: Any, pieces: int) -> list[dict[str, Any]]:
+async def leave(backend: Scripted, path: str, body: Any, pieces: int, answers: int = 1) -> list[dict[str, Any]]:
     """What a client got that goes while it waits for what never comes.
 
     Args:
         pieces: Pieces of the response's body that it waits for first.
+        answers: Answers that must be under way first.
     """
     sent: list[dict[str, Any]] = []
     enough, gone = asyncio.Event(), asyncio.Event()
+
+    async def under_way() -> None:
+        while backend.open < answers:
+            await asyncio.sleep(0.001)
+
     to_read = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -374,10 +380,10 @@ async def leave(backend: Scripted, path: str, body: Any, pieces: int) -> list[di
     }
     serve: Callable[..., Coroutine[Any, Any, None]] = application(backend)
     task = asyncio.ensure_future(serve(scope, receive, send))
+    await asyncio.wait_for(under_way(), 5)
     await asyncio.wait_for(backend.waiting.wait(), 5)
     if pieces:
         await asyncio.wait_for(enough.wait(), 5)
-    assert backend.open >= 1
     gone.set()
     await asyncio.wait_for(task, 5)
     return sent
@@ -389,7 +395,7 @@ async def leave(backend: Scripted, path: str, body: Any, pieces: int) -> list[di
 def test_a_client_that_goes_frees_its_answers(n: int, stream: bool, before: list[str]) -> None:
     backend = Scripted([*before, None])
     body = {"messages": [QUESTION], "n": n, "stream": stream}
-    sent = asyncio.run(leave(backend, "/v1/chat/completions", body, 2 if stream and before else 0))
+    sent = asyncio.run(leave(backend, "/v1/chat/completions", body, 2 if stream and before else 0, n))
     assert (backend.open, backend.closed) == (0, n)
     if stream and before:
         assert sent[0]["status"] == 200 and b"data: " in sent[1]["body"]

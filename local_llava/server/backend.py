@@ -107,7 +107,7 @@ class Backend(Protocol):
         """An answer in pieces; the last one has `reply`. Loads the model if need be. Closing it stops the work.
 
         Args:
-            name: Of the model; None or "" for the default one.
+            name: Of the model, as `info` has it (metrics are kept by this name); None or "" for the default one.
             job: What is asked.
             keep_alive_s: Seconds that the model stays in memory after this; None for the server's default.
 

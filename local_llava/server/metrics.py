@@ -117,7 +117,7 @@ class Measured:
         self, name: str | None, job: Job, *, keep_alive_s: float | None = None
     ) -> AsyncGenerator[Chunk, None]:
         metrics, started = self._metrics, time.perf_counter()
-        model = (await asyncio.to_thread(self._backend.info, name)).name  # it may read files
+        model = name or (await asyncio.to_thread(self._backend.info, None)).name  # it may read files
         end, now = "cancelled", metrics.waiting
         now.inc()
         try:
