@@ -88,7 +88,7 @@ class Dictated:
 
     write: Callable[[], int]
 
-    def sample(self, row: int, logits: Any) -> int:
+    def sample(self, context: Any, row: int, logits: Any) -> int:
         return self.write()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from local_llava.llm import LLM
+from local_llava.llm import LLM, Context
 from local_llava.schema.constraint import Constraint
 from local_llava.text import AnswerText
 from local_llava.types import Chunk, FinishReason, Options, Reply, Timings, TokenLogprob
@@ -49,14 +49,14 @@ class Answer:
         self.n_sampled = 0
         self.finished = False
 
-    def take(self, row: int) -> Chunk | None:
-        """Sample the next token from the logits after a row of the last batch. None where it is the end of turn."""
+    def take(self, context: Context, row: int) -> Chunk | None:
+        """Sample the next token after a row of a context's last batch. None where it is the end of turn."""
         remaining = self._limit - len(self.tokens)
-        logits = self._llm.logits(row)
+        logits = context.logits(row)
         logprobs = None if self._options.logprobs is None else _log_softmax(logits)
         if self._constraint is not None:
             self._constraint.apply(logits, remaining)
-        token = self._sampler.sample(row, logits)
+        token = self._sampler.sample(context, row, logits)
         if logits[token] == -np.inf:  # by rounding, the last of the candidates may be one that is not allowed
             token = int(logits.argmax())
         self.n_sampled += 1

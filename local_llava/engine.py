@@ -115,6 +115,7 @@ class Llava:
                 parallel=placed.parallel,
                 max_stall=loaded.options.max_stall,
                 load_s=time.perf_counter() - started,
+                n_cells_aside=placed.n_cells_aside,
             )
             return cls(loaded, chat_format, scheduler, stack.pop_all())
 

@@ -27,14 +27,13 @@ _TRIED_AGAIN = 64
 class Pace:
     """What batches take, learned as they are evaluated."""
 
-    def __init__(self, n_batch: int, max_stall: float, on_cpu: bool) -> None:
+    def __init__(self, n_batch: int, on_cpu: bool) -> None:
         """
         Args:
             n_batch: Rows of a batch at most.
-            max_stall: Seconds that running answers may wait for prompts.
             on_cpu: Whether all of the model is there.
         """
-        self._n_batch, self._max_stall, self._on_cpu = n_batch, max_stall, on_cpu
+        self._n_batch, self._on_cpu = n_batch, on_cpu
         self._prompt_row_s = 0.0
         self._answers_row_s: dict[int, float] = {}
         self._n_answer_batches = 0
@@ -63,19 +62,19 @@ class Pace:
             grouped = not grouped
         return _GROUP if grouped else n
 
-    def room(self, n_together: int, n_answering: int, spent: float) -> int:
+    def room(self, n_together: int, n_answering: int, seconds: float) -> int:
         """Rows for prompts in the next batch.
 
         Args:
             n_together: Answers that have a row in it.
             n_answering: Answers that wait for it.
-            spent: Seconds that this step has taken already.
+            seconds: That they may still wait.
         """
         room = self._n_batch - n_together
         if n_answering:
             # The first rows show how long a row takes.
             row_s = self._prompt_row_s
-            room = min(room, max(1, int((self._max_stall - spent) / row_s) if row_s else MIN_MEASURED))
+            room = min(room, max(1, int(seconds / row_s) if row_s else MIN_MEASURED))
         if room >= ATTENTION_TILE:
             return min(room, efficient_size(room))
         efficient = min(efficient_size(n_together + room), self._n_batch) - n_together

@@ -34,6 +34,8 @@ _ROOM = 1024
 _ANSWER = 640
 """Tokens besides the largest picture that each of the answers given at the same time finds room for: a question and
 the default `max_tokens`."""
+_QUESTION = 192
+"""Tokens besides the largest picture that a prompt may have to be read aside (`aside`)."""
 _RESERVE, _RESERVE_SHARE = 300_000_000, 0.05
 """Of a GPU's memory, what is left to its driver and other programs: so many bytes, or such a part if that is more."""
 
@@ -60,6 +62,8 @@ class Placement:
     """What was given up, and why: a line each."""
     short: bool = False
     """Whether something was given up for lack of memory."""
+    n_cells_aside: int = 0
+    """Tokens of a second KV cache, where long prompts are read; 0 for none."""
 
 
 def choose(llm: LLMConfig, tower: TowerConfig, gguf: GGUFFile, mmproj: GGUFFile, options: Options) -> Placement:
@@ -176,14 +180,7 @@ class _Choice:
     ) -> Placement:
         n_cells = self._n_cells(n_ctx, parallel)
         kv = memory.kv_layer(self.llm, n_cells, kv_type)
-        flash = self.options.flash_attention
-        compute = memory.compute_bytes(
-            self.llm,
-            n_cells,
-            min(self.options.n_batch or N_BATCH, n_cells),
-            parallel + memory.OUTPUTS,
-            flash_attention=kv_type != "F32" if flash is None else flash,
-        )
+        compute = self._compute(n_cells, parallel + memory.OUTPUTS, kv_type)
         tower = Need(self.tower_weights, 0, memory.picture_bytes(self.tower, parallel, tower_on_gpu))
         n_cpu = self.llm.n_layer + 1 - n_gpu_layers
         cpu = Need(self.weights.on_cpu(n_gpu_layers), min(n_cpu, self.llm.n_layer) * kv, compute + memory.PROCESS)
@@ -202,6 +199,12 @@ class _Choice:
         gpus = tuple(zip(self.gpus, needs, strict=True))
         return Placement(n_ctx, n_cells, parallel, n_gpu_layers, tower_on_gpu, kv_type, cpu, gpus)
 
+    def _compute(self, n_cells: int, n_outputs: int, kv_type: KVType) -> int:
+        """Bytes of a context's intermediate results."""
+        n_batch, flash = min(self.options.n_batch or N_BATCH, n_cells), self.options.flash_attention
+        flash_attention = kv_type != "F32" if flash is None else flash
+        return memory.compute_bytes(self.llm, n_cells, n_batch, n_outputs, flash_attention)
+
     def _fits(self, placed: Placement) -> bool:
         shared = sum(need.total for gpu, need in placed.gpus if gpu.unified)
         if placed.cpu.total + shared > self.free:
@@ -217,7 +220,18 @@ class _Choice:
         return max(0, gpu.free - max(_RESERVE, int(gpu.total * _RESERVE_SHARE)))
 
     def _with_notes(self, placed: Placement) -> Placement:
-        return replace(placed, notes=tuple(self._notes(placed)), short=self._short(placed))
+        return replace(self._with_aside(placed), notes=tuple(self._notes(placed)), short=self._short(placed))
+
+    def _with_aside(self, placed: Placement) -> Placement:
+        """With a KV cache for long prompts, where the CPU reads them and memory is left for it."""
+        # A longrope model would read short contexts with other factors.
+        if placed.n_gpu_layers or self.longrope:
+            return placed
+        n_cells = -(-(self.picture + _QUESTION) // memory.CELLS) * memory.CELLS
+        kv = self.llm.n_layer * memory.kv_layer(self.llm, n_cells, placed.kv_type)
+        need = Need(0, kv, self._compute(n_cells, 2, placed.kv_type))
+        with_aside = replace(placed, cpu=placed.cpu + need, n_cells_aside=n_cells)
+        return with_aside if 2 * n_cells <= placed.n_cells and self._fits(with_aside) else placed
 
     def _short(self, placed: Placement) -> bool:
         """Whether more memory would have given more of what nobody asked for in numbers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from local_llava.answer import Answer
 from local_llava.embeddings import Embeddings, Encoding
-from local_llava.llm import LLM, Rows
+from local_llava.llm import LLM, Context, Rows
 from local_llava.request import Request, Shown, Unit, n_tokens
 from local_llava.sequences import Sequence
 from local_llava.speculation import Guesser, Guesses
@@ -134,8 +134,11 @@ class Run:
         self.offset = 0
         self._guessed = []
 
-    def take_tokens(self) -> int:
+    def take_tokens(self, context: Context) -> int:
         """Sample after the rows of the batch, as far as what was guessed is right.
+
+        Args:
+            context: What the batch was evaluated in.
 
         Returns:
             Tokens of the batch that were wrong guesses.
@@ -144,7 +147,7 @@ class Run:
         self.sequence.units += self._next  # none where the rows were the prompt's
         n_right = 0
         while True:
-            chunk = self.answer.take(self.row + n_right)
+            chunk = self.answer.take(context, self.row + n_right)
             if chunk is not None:
                 self.ticket.deliver(chunk)
             if self.answer.finished or n_right == len(guessed) or self.answer.tokens[-1] != guessed[n_right]:

@@ -4,10 +4,11 @@ Knows the language model, the encoder and the order of things; runs in the threa
 What the KV cache holds is `sequences`'s, sampling `answer`'s. Knows no picture files and no chat format.
 
 A step is one batch. Running answers have their next tokens in it, and prompts that are still read fill the rest, so
-that both share one pass over the weights, or take turns where that is faster (`pace`); while answers run, the prompts'
-part is only so large that they need not wait longer than `max_stall`. Pictures go through the tower before, in pieces
-that are bounded likewise. The oldest prompt has the first claim on half of the room; then come those that need little:
-a short question does not wait for a long one.
+that both share one pass over the weights, or take turns where that is faster (`pace`), or where a long prompt is read
+in a KV cache of its own (`aside`). While answers run, the prompts' part is only so large that they need not wait longer
+than `max_stall` for each of them: the more prompts wait, the larger are the parts, which are read faster. Pictures go
+through the tower before, in pieces that are bounded likewise. The oldest prompt has the first claim on half of the
+room; then come those that need little: a short question does not wait for a long one.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from local_llava.aside import Aside
 from local_llava.embeddings import Encoder, Encoding
 from local_llava.errors import EngineError
-from local_llava.llm import LLM, InterruptedDecodeError, Rows
+from local_llava.llm import LLM, Context, InterruptedDecodeError, Rows
 from local_llava.pace import MIN_MEASURED, Pace, shares
 from local_llava.picture_store import PictureStore
 from local_llava.request import Picture, Progress, Request, Unit, n_tokens
@@ -57,6 +59,7 @@ class Scheduler:
         parallel: int,
         max_stall: float,
         load_s: float,
+        n_cells_aside: int = 0,
     ) -> None:
         """
         Args:
@@ -65,17 +68,20 @@ class Scheduler:
             store: What is kept of them on disk.
             n_ctx: Tokens that one conversation may have.
             parallel: Answers that are given at the same time.
-            max_stall: Seconds that one may stand still for the prompts of others.
+            max_stall: Seconds that one may stand still for each prompt of others.
             load_s: Seconds that loading took, for `Timings`.
+            n_cells_aside: Tokens of a prompt that may be read aside, at most.
         """
         self._llm, self._encoder, self._store = llm, encoder, store
         self._n_ctx, self._parallel, self._max_stall, self._load_s = n_ctx, parallel, max_stall, load_s
         self._sequences = Sequences(llm)
+        self._aside = Aside(llm, self._sequences, n_cells_aside)
+        self._was_aside = False
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
         self._suspects: list[Run] = []
         self._only_encoding: deque[tuple[Encoding, Ticket[Any]]] = deque()
-        self._pace = Pace(llm.n_batch, max_stall, llm.on_cpu)
+        self._pace = Pace(llm.n_batch, llm.on_cpu)
         self._n_planned = self._prompts_planned_at = 0
         self._guesser = Guesser()
 
@@ -173,11 +179,13 @@ class Scheduler:
 
     def _waits(self, run: Run) -> bool:
         """Whether a prompt waits for an earlier one that reads the same beginning; takes over what is there of it."""
+        if run is self._aside.run:
+            return False
         for other in self._running[: self._running.index(run)]:
             n = _common(other.units, run.units[:-1])
             if n_tokens(run.units[len(run.sequence.units) : n]) < _WORTH_WAITING:
                 continue
-            if len(other.sequence.units) < n:
+            if len(other.sequence.units) < n or other is self._aside.run:
                 return True
             if run.offset == 0 and self._sequences.rejoin(run.sequence, run.units):
                 run.forget_encoding()
@@ -185,7 +193,8 @@ class Scheduler:
 
     def _pause(self) -> float:
         """Seconds that a step may take besides the next tokens of the running answers."""
-        return self._max_stall if any(not run.reading for run in self._running) else ALONE_S
+        n_reading = sum(run.reading for run in self._running)
+        return self._max_stall * max(1, n_reading) if n_reading < len(self._running) else ALONE_S
 
     def _evaluate(self, spent: float) -> None:
         """Make a batch, evaluate it, and take the next tokens.
@@ -206,10 +215,11 @@ class Scheduler:
             self._plan(rows, planned, spent)
         if not planned:
             return
+        context, sequences = self._aside.place_of(planned[0])
         started = time.perf_counter()
         try:
             stop = _all_cancelled(planned) if len(rows) >= MIN_MEASURED else None
-            self._llm.decode(rows, stop, self._sequences.n_unused - len(rows))
+            context.decode(rows, stop, sequences.n_unused - len(rows))
         except InterruptedDecodeError:
             self._restart(planned)
             return
@@ -225,7 +235,7 @@ class Scheduler:
         self._suspects = [run for run in self._suspects if run not in planned]
         for run in planned:
             with self._failing(run):
-                self._advance(run)
+                self._advance(run, context, sequences)
 
     def _plan(self, rows: Rows, planned: list[Run], spent: float) -> None:
         """Choose what goes into a batch: the answers that waited longest, and prompts once all had a turn."""
@@ -236,8 +246,9 @@ class Scheduler:
         group, others = answering[:n_together], answering[n_together:]
         room = 0
         if reading and self._had_turn(others):
-            room = self._pace.room(len(group), len(answering), spent)
-            if not self._pace.share(len(group), room):
+            reading, apart = self._together(reading)
+            room = self._pace.room(0 if apart else len(group), len(answering), self._pause() - spent)
+            if apart or not self._pace.share(len(group), room):
                 if self._had_turn(group):
                     group = []
                 else:
@@ -246,7 +257,7 @@ class Scheduler:
             if n:
                 run.plan_prompt(rows, n)
                 planned.append(run)
-                self._prompts_planned_at = self._n_planned
+                self._prompts_planned_at, self._was_aside = self._n_planned, run is self._aside.run
         for run in group:
             if len(self._running) == 1:
                 most = min(self._sequences.n_free + run.sequence.reserved, self._llm.n_batch) - 1
@@ -254,6 +265,19 @@ class Scheduler:
             run.plan_tokens(rows)
             run.planned_at = self._n_planned
         planned += group
+
+    def _together(self, reading: list[Run]) -> tuple[list[Run], bool]:
+        """Which of the prompts may share the next batch, and whether they are read aside."""
+        aside = self._aside
+        suited = [run for run in reading if run is not aside.run and aside.suits(run)]
+        if aside.run is None and suited and not aside.begin(suited.pop(0)):
+            return reading, False
+        # A prompt that is much shorter than what is left of the one aside does not wait for it.
+        waiting = [run for run in suited if 2 * (run.total - run.sequence.n_past) >= aside.n_left]
+        beside = [run for run in reading if run is not aside.run and run not in waiting]
+        if aside.run is not None and aside.run in reading and not (beside and self._was_aside):
+            return [aside.run], True
+        return beside, False
 
     def _had_turn(self, answering: list[Run]) -> bool:
         """Whether answers went on since the last batch with prompts."""
@@ -279,23 +303,31 @@ class Scheduler:
     def _cut(self, run: Run) -> None:
         """Forget what is no whole piece, or no part of the answer."""
         n = len(run.sequence.units)
-        self._sequences.cut(run.sequence, n)
+        self._aside.place_of(run)[1].cut(run.sequence, n)
         if len(run.sequence.units) < n:
             raise EngineError("llama.cpp can only forget all of a sequence, so the answer cannot go on")
 
-    def _advance(self, run: Run) -> None:
-        """Note what was evaluated, and take the next tokens."""
-        self._sequences.add(run.sequence, run.n_planned)
+    def _advance(self, run: Run, context: Context, sequences: Sequences) -> None:
+        """Note what was evaluated, and take the next tokens.
+
+        Args:
+            run: Of the batch.
+            context: What it was evaluated in.
+            sequences: Those of that context.
+        """
+        sequences.add(run.sequence, run.n_planned)
         if run.reading:
             run.note_read()
             run.ticket.deliver(Progress(run.sequence.n_past, run.total))
             if run.reading:
                 return
+            if run is self._aside.run:
+                self._aside.finish()
             if run.request.only_logits:
-                run.ticket.deliver(self._llm.logits(run.row).copy())
+                run.ticket.deliver(context.logits(run.row).copy())
                 self._stop(run, None)
                 return
-        if run.take_tokens():
+        if run.take_tokens(context):
             self._cut(run)
         if run.answer.finished:
             run.finish()
@@ -324,6 +356,8 @@ class Scheduler:
         """Let go of a request. What its sequence holds stays for others, unless something went wrong."""
         if run in self._waiting:
             self._waiting.remove(run)
+        if run is self._aside.run:
+            self._aside.leave()
         if run in self._running:
             self._running.remove(run)
             if error is None:

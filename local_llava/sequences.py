@@ -20,7 +20,7 @@ from local_llava.request import Unit, n_tokens
 
 
 class Cache(Protocol):
-    """The part of `LLM` that is mirrored."""
+    """The part of `llm.Context` that is mirrored."""
 
     n_cells: int
     n_seq_max: int
@@ -30,6 +30,8 @@ class Cache(Protocol):
     def copy(self, source: int, target: int, n: int) -> None: ...
 
     def restore(self, sequence: int, state: NDArray[np.uint8], n: int) -> bool: ...
+
+    def move_in(self, sequence: int, state: NDArray[np.uint8], n: int) -> bool: ...
 
 
 class Sequence:
@@ -151,6 +153,21 @@ class Sequences:
             return False
         self.add(sequence, n)
         sequence.units = list(units)
+        return True
+
+    def move_in(self, sequence: Sequence, units: ListOf[Unit], state: NDArray[np.uint8]) -> bool:
+        """Append pieces that another KV cache has evaluated. Returns whether it worked; else nothing is appended.
+
+        Args:
+            sequence: Has room reserved for them.
+            units: The pieces.
+            state: Of them, as `llm.Context.move_in` takes it.
+        """
+        n = n_tokens(units)
+        if not self._cache.move_in(sequence.id, state, sequence.n_past + n):
+            return False
+        self.add(sequence, n)
+        sequence.units += units
         return True
 
     def add(self, sequence: Sequence, n: int) -> None:

@@ -81,9 +81,9 @@ class Options:
     """Answers that are given at the same time, 1 to 64; None for what memory allows, at most 8."""
     max_waiting: int = 64
     """Questions that may wait beyond those; one more is refused with `BusyError`."""
-    max_stall: float = 1.0
-    """Seconds that a running answer may stand still while the prompts and pictures of others are read. Shorter ones
-    cost the others speed."""
+    max_stall: float = 2.0
+    """Seconds that a running answer may stand still for each of the prompts, with their pictures, that are read
+    meanwhile. Shorter ones cost those speed."""
     n_batch: int | None = None
     """Tokens that are evaluated in one step at most; None for the default."""
     kv_type: KVChoice = "auto"

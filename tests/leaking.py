@@ -18,10 +18,13 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from local_llava import EngineError, Llava, LocalLlavaError, Message
+from local_llava import EngineError, Llava, LocalLlavaError, Message, aside
 
 kept: list[Any] = []
 OPTIONS: dict[str, Any] = {"n_threads": 1, "n_ctx": 256, "parallel": 3}
+
+# New pictures are read in a cache of their own.
+aside.MIN_ROWS = aside.MIN_OTHERS = 32
 
 
 def resident() -> int:

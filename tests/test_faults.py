@@ -180,7 +180,9 @@ def test_sampling_that_fails(
     llava: Llava, asked: list[Asked], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ZeroDivisionError("while sampling")
-    third = raising(error, lambda self, row: self._options.system == "culprit" and self.n_sampled == 2, Answer.take)
+    third = raising(
+        error, lambda self, context, row: self._options.system == "culprit" and self.n_sampled == 2, Answer.take
+    )
     monkeypatch.setattr(Answer, "take", third)
     culprit, others = ask_with_culprit(llava, asked)
     assert culprit.error is error

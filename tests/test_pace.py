@@ -23,32 +23,32 @@ def run(pace: Pace, n: int, seconds: Callable[[int], float], batches: int) -> li
 @pytest.mark.parametrize("n", [5, 8, 33])
 def test_answers_go_together_as_is_faster(n: int) -> None:
     for seconds, expected in ((lambda k: 0.1 + 0.001 * k, n), (lambda k: 0.05 * k + 0.001 * k * k, 4)):
-        sizes = run(Pace(256, 1.0, True), n, seconds, 1000)
+        sizes = run(Pace(256, True), n, seconds, 1000)
         assert set(sizes) == {4, n}, "both are tried"
         assert sizes.count(expected) > 970, (seconds(4), seconds(n))
 
 
 def test_it_notices_that_another_way_is_faster_now() -> None:
-    pace = Pace(256, 1.0, True)
+    pace = Pace(256, True)
     assert run(pace, 8, lambda k: 0.1 + 0.001 * k, 200)[-1] == 8
     assert run(pace, 8, lambda k: 0.05 * k * k, 200)[-1] == 4
 
 
 def test_one_long_pause_is_forgotten() -> None:
-    pace = Pace(256, 1.0, True)
+    pace = Pace(256, True)
     run(pace, 8, lambda k: 0.1 + 0.001 * k, 100)
     pace.note_answers(8, 3600.0)
     assert run(pace, 8, lambda k: 0.1 + 0.001 * k, 200)[-10:] == [8] * 10
 
 
 def test_a_gpu_has_all_in_one_batch() -> None:
-    pace = Pace(256, 1.0, False)
+    pace = Pace(256, False)
     assert run(pace, 20, lambda k: float(k * k), 100) == [20] * 100
     assert pace.share(20, 200)
 
 
 def test_few_or_small_share_a_batch_on_a_cpu() -> None:
-    pace = Pace(256, 1.0, True)
+    pace = Pace(256, True)
     assert [pace.share(*n) for n in ((0, 256), (1, 255), (2, 61), (2, 62), (4, 252))] == [
         True,
         True,
@@ -60,16 +60,16 @@ def test_few_or_small_share_a_batch_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("row_s", [0.001, 0.0125, 0.1, 0.4, 3.0])
 def test_prompts_are_as_long_as_answers_may_wait(row_s: float) -> None:
-    pace = Pace(256, 1.0, True)
+    pace = Pace(256, True)
     assert pace.room(1, 1, 0.0) <= 16, "until it is known how long rows take"
     pace.note(100, 100 * row_s)
     assert pace.room(0, 0, 0.0) == 256
     for n_together in (0, 1, 4):
-        for spent in (0.0, 0.5, 7.0):
-            room = pace.room(n_together, 8, spent)
+        for seconds in (1.0, 0.5, -6.0):
+            room = pace.room(n_together, 8, seconds)
             assert 1 <= room <= 256 - n_together
             # 16 rows take hardly longer than 13, 64 than 48 and a few answers.
-            fitting = max(1.0, (1.0 - spent) / row_s)
+            fitting = max(1.0, seconds / row_s)
             assert room <= max(fitting + 20 - n_together, fitting * 1.3), (room, fitting)
             assert room >= min(fitting - 16, 240)
 

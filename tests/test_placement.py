@@ -162,6 +162,8 @@ def test_the_estimate_covers_what_llama_cpp_takes(tmp_path: Path) -> None:
         "before = me.memory_info().rss\n"
         "with Llava.load(sys.argv[1], sys.argv[2], n_ctx=8192, parallel=1, n_threads=1) as llava:\n"
         "    llava.ask('word ' * 200, Image.new('RGB', (40, 30)), max_tokens=2)\n"
+        "    llava.ask('Now ' * 60, Image.new('RGB', (30, 40)), max_tokens=2)\n"
+        "    assert llava._scheduler._aside._place is not None\n"
         "    print(me.memory_info().rss - before)\n"
     )
     done = subprocess.run(
@@ -183,6 +185,21 @@ def test_a_computer_with_much_memory(computer: Any) -> None:
     assert (placed.n_ctx, placed.parallel, placed.kv_type, placed.n_gpu_layers) == (8192, 8, "F16", 0)
     assert placed.n_cells == 8 * (576 + 640) == 9728, "eight questions, each with a picture, fit at the same time"
     assert not placed.tower_on_gpu and placed.gpus == () and placed.notes == ()
+
+
+def test_a_cache_aside_where_memory_is_left(computer: Any) -> None:
+    computer(64)
+    placed = choose(*llama3_8b(), Options())
+    assert placed.n_cells_aside == 576 + 192 == 768
+    without = choose(*llama3_8b(), Options(n_ctx=1024, parallel=1)).cpu
+    assert without.kv_cache == 32 * 2 * 1024 * 2 * 1024, "none where it would be as large as the other one"
+    computer((placed.cpu.total + 1) / GB)
+    assert choose(*llama3_8b(), Options()) == placed
+    computer((placed.cpu.total - 1) / GB)
+    less = choose(*llama3_8b(), Options())
+    assert (less.n_ctx, less.parallel, less.n_cells_aside, less.short) == (8192, 8, 0, False), "it goes first of all"
+    computer(64, gpu(20))
+    assert choose(*llama3_8b(), Options()).n_cells_aside == 0, "GPUs read all prompts beside each other"
 
 
 def test_what_is_given_up_first() -> None:
@@ -286,10 +303,12 @@ def test_layers_are_dealt_out_as_llama_cpp_does(computer: Any) -> None:
     assert first.kv_cache * 11 == second.kv_cache * 4, "the output matrix has no KV cache"
 
 
-def test_memory_that_is_shared_counts_once(computer: Any) -> None:
+def test_memory_that_is_shared_counts_once(computer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Options(n_ctx=8192, parallel=1, kv_type="F16")
     computer(64)
-    total = choose(*llama3_8b(), alone).cpu.total
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_QUESTION", 100_000)  # more than a cache aside may have
+        total = choose(*llama3_8b(), alone).cpu.total
     for free in (total / GB + 0.5, total / GB - 0.1):
         computer(free, gpu(20, kind="igpu", name="Vulkan0", backend="Vulkan"))
         if free * GB < total:
@@ -316,6 +335,7 @@ def test_factors_for_long_contexts_are_never_taken(computer: Any) -> None:
     assert (placed.n_ctx, placed.n_cells, placed.parallel) == (4096, 4096, 2)
     assert "takes no larger KV cache" in placed.notes[0] and not placed.short
     assert choose(llm, tower, gguf, mmproj, Options(parallel=8)).n_cells == 4096
+    assert not placed.n_cells_aside, "where they would be the others"
 
 
 def test_no_context_is_chosen_that_a_picture_fills(computer: Any) -> None:

@@ -14,7 +14,7 @@ from llava_checkpoints import TINY, random_model, save
 from numpy.typing import NDArray
 from tiny_world import Asked, at_once, forget_everything, fresh_seed, questions
 
-from local_llava import Llava, Reply
+from local_llava import Llava, Reply, aside
 from local_llava.convert import convert
 from local_llava.pace import Pace
 from local_llava.types import ModelFiles
@@ -79,7 +79,10 @@ def test_the_same_answers(
     Always with the KV cache of what came before, so that most questions begin with a picture that is there already.
     """
     order = shuffled(asked, seed)
+    places: list[Any] = []
     monkeypatch.setattr(Pace, "together", lambda self, n: n)  # all eight in a batch
+    monkeypatch.setattr(aside, "MIN_ROWS", 32)  # where there is a cache aside, pictures are read in it
+    monkeypatch.setattr(aside, "MIN_OTHERS", 1)
     for mode, encoded, restored in (("kv", N_PICTURES, None), ("kv", 0, N_PICTURES), ("embeddings", 0, 0)):
         sizes: list[int] = []
         with load(image_cache=mode, parallel=8 if restored is None else 1) as llava:
@@ -96,6 +99,7 @@ def test_the_same_answers(
                     order,
                 )
                 check(dict(zip(order, replies := list(answer), strict=True)), alone, seed)
+            places.append(llava._scheduler._aside._place)
         assert max(sizes) == 8 and np.mean(sizes) > 4 if restored is None else max(sizes) == 1
         timings = [reply.timings for reply in replies]
         assert sum(t.images_encoded for t in timings) == encoded
@@ -103,6 +107,7 @@ def test_the_same_answers(
         n_restored = sum(t.restored_tokens >= 36 for t in timings)
         assert restored is None or (n_restored >= restored and bool(n_restored) == bool(restored))
         assert sum(t.reused_tokens for t in timings) > 5 * len(asked)
+    assert places[0] is not None
 
 
 # --- models that round ---

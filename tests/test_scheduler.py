@@ -263,6 +263,26 @@ def test_prompts_do_not_stall_answers(tiny: ModelFiles, monkeypatch: pytest.Monk
         stream.close()
 
 
+def test_the_more_prompts_wait_the_longer_an_answer_stands_still(
+    llava: Llava, answering: Iterator[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`max_stall` is for each of them."""
+    pieces: list[tuple[float, int]] = []
+    advance = Encoding.advance
+
+    def piece(self: Encoding, seconds: float) -> None:
+        assert is_answering(llava)
+        pieces.append((seconds, sum(run.reading for run in llava._scheduler._running)))
+        advance(self, seconds)
+
+    monkeypatch.setattr(Encoding, "advance", piece)
+    with line(llava) as waiting:
+        others = [waiting.ask(QUESTION, picture(i), max_tokens=1) for i in range(3)]
+    assert [other.reply.timings.images_encoded for other in others] == [1, 1, 1]
+    assert [seconds for seconds, _ in pieces] == [n * llava.options.max_stall for _, n in pieces]
+    assert {n for _, n in pieces} >= {2, 3}
+
+
 def test_a_short_question_does_not_wait_for_a_long_one(llava: Llava, batches: Batches) -> None:
     with line(llava) as waiting:
         long = waiting.ask("A: " + LONG, max_tokens=1)

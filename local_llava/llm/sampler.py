@@ -6,6 +6,7 @@ import llama_cpp.llama_cpp as c
 import numpy as np
 from numpy.typing import NDArray
 
+from local_llava.llm.context import Context
 from local_llava.types import Options
 
 PENALTY_WINDOW = 64
@@ -13,10 +14,9 @@ PENALTY_WINDOW = 64
 
 
 class Sampler:
-    """llama.cpp's chain of samplers: takes the next token from the context's logits without copying them."""
+    """llama.cpp's chain of samplers: takes the next token from a context's logits without copying them."""
 
-    def __init__(self, context: int, options: Options, n_vocab: int) -> None:
-        self._context = context
+    def __init__(self, options: Options, n_vocab: int) -> None:
         # llama.cpp sorts nothing for it either, but writes a record for every token of the vocabulary first.
         self._greedy = options.temperature == 0 and options.repeat_penalty == 1
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
@@ -36,16 +36,17 @@ class Sampler:
         for stage in stages:
             c.llama_sampler_chain_add(self._chain, stage)
 
-    def sample(self, row: int, logits: NDArray[np.float32]) -> int:
+    def sample(self, context: Context, row: int, logits: NDArray[np.float32]) -> int:
         """The next token, which the sampler also remembers.
 
         Args:
-            row: Of the last batch.
-            logits: Those of that row, as `LLM.logits` gives them.
+            context: What the last batch was evaluated in.
+            row: Of that batch.
+            logits: Those of that row, as `Context.logits` gives them.
         """
         if self._greedy:
             return int(logits.argmax())
-        return int(c.llama_sampler_sample(self._chain, self._context, row))
+        return int(c.llama_sampler_sample(self._chain, context.handle, row))
 
     def close(self) -> None:
         """Free it; once is enough."""
