@@ -71,8 +71,8 @@ class Aside:
                 context = self._llm.another_context(self._n_cells)
                 self._place = context, Sequences(context)
             state = self._llm.save(home.id) if home.units else None
-        except EngineError as e:
-            log.info("prompts are read beside all that is kept: %s", e)
+        except (EngineError, MemoryError) as e:
+            log.info("prompts are read beside all that is kept: %r", e)
             self._n_cells = 0
             return False
         sequences = self._place[1]
