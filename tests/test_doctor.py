@@ -47,7 +47,7 @@ def test_it_tells_what_there_is(files: ModelFiles, tmp_path: Path) -> None:
         r"^llama\.cpp has: .*CPU",
         r"^CPU: .+ threads, of .+ of memory free$",
         r"m?\.gguf:\n    context 1024 tokens, 8 answers at the same time, KV cache F16 of 5632 tokens\n",
-        r"    memory of the computer: [\d.]+ MB \(weights [\d.]+ MB, KV cache 11\.5 MB, computing ",
+        r"    memory of the computer: [\d.]+ MB \(weights [\d.]+ MB, KV cache 12\.1 MB, computing ",
     ):
         assert re.search(pattern, done.stdout, re.MULTILINE), (pattern, done.stdout)
 

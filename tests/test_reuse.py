@@ -286,12 +286,16 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llava]:
 
 def test_eight_questions_about_tiles_at_once(tiles: Llava) -> None:
     scene = picture(3).resize((150, 80))
-    replies = at_once([lambda q=q: tiles.ask(q, scene) for q in EIGHT])  # type: ignore[misc]
+    # These pictures are so small that only with more before them is it worth waiting for who reads them.
+    system = "Look at the whole of the picture, tile by tile, before you answer."
+    with line(tiles) as waiting:
+        asked = [waiting.ask(q, scene, system=system) for q in EIGHT]
+    replies = [asking.reply for asking in asked]
     assert sum(r.timings.images_encoded for r in replies) == 1
     n_image = replies[0].timings.image_tokens
-    assert n_image > 4 and sum(r.timings.reused_tokens >= n_image for r in replies) == 7
+    assert n_image > 4 and sum(r.timings.reused_tokens >= n_image + 20 for r in replies) == 7
     forget_everything(tiles)
-    assert [tiles.ask(q, scene).tokens for q in EIGHT] == [r.tokens for r in replies]
+    assert [tiles.ask(q, scene, system=system).tokens for q in EIGHT] == [r.tokens for r in replies]
 
 
 def test_another_size_is_another_picture(tiles: Llava) -> None:
