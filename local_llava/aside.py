@@ -20,7 +20,8 @@ from local_llava.sequences import Sequence, Sequences
 log = logging.getLogger("local_llava")
 
 MIN_ROWS = 128
-"""Tokens that a prompt must have left to be read aside."""
+"""Tokens that a prompt must have left to be read aside: with fewer there is little to save, and they may share a batch
+with answers."""
 
 MIN_OTHERS = 256
 """Cells of others from which on it is."""
