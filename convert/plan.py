@@ -45,6 +45,8 @@ class TensorPlan:
     """Where it comes from, for error messages: file and tensor name."""
     raw: Raw | None = None
     """The bytes to be written, where the source is quantized in this very type: quantizing anew would change them."""
+    importance: NDArray[np.float32] | None = None
+    """How much an error in each column matters, float32 [row_length]: a row of an importance matrix."""
 
     @property
     def n_rows(self) -> int:

@@ -62,24 +62,27 @@ def encode(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.uint8]:
     _check_values(tensor, rows, start)
     if tensor.raw is not None:
         return tensor.raw(start, stop)
-    data = encode_rows(tensor.type, rows)
+    data = encode_rows(tensor.type, rows, tensor.importance)
     _check_scales(tensor, rows, data, start)
     return data
 
 
-def encode_rows(type: GGMLQuantizationType, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+def encode_rows(
+    type: GGMLQuantizationType, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
     """Gives the bytes of rows in a type. Rows are independent: any split of a tensor gives the same bytes.
 
     Args:
         type: A type whose block divides the row length.
         rows: float32 `[n_rows, row_length]`, C order, finite.
+        importance: float32 `[row_length]`, as in `TensorPlan.importance`.
 
     Returns:
         uint8 `[n_rows * row_size]`. F16 and BF16 round to nearest even.
     """
     if type is T.F32:
         return rows.reshape(-1).view(np.uint8)
-    return ggml_rows.quantize_chunk(int(type), rows).reshape(-1)
+    return ggml_rows.quantize_chunk(int(type), rows, importance).reshape(-1)
 
 
 def _check_values(tensor: TensorPlan, rows: NDArray[np.float32], start: int) -> None:

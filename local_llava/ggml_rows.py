@@ -64,14 +64,18 @@ def row_size(type: int, n: int) -> int:
     return int(ggml.functions().row_size(type, n))
 
 
-def quantize_chunk(type: int, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Quantize rows with ggml's own kernels, bit for bit as `llama_model_quantize` does without an importance matrix.
+def quantize_chunk(
+    type: int, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Quantize rows with ggml's own kernels, bit for bit as `llama_model_quantize` does.
 
     Rows are independent, and the GIL is released: call it from several threads on blocks of rows.
 
     Args:
         type: A ggml type of `QUANTIZABLE`.
         rows: float32 [n_rows, n], C-contiguous, n a multiple of the block size. Finite: ggml does not check.
+        importance: float32 [n], C-contiguous, finite and not negative: how much an error in each column matters, the
+            same for all rows (a row of an importance matrix).
 
     Returns:
         uint8 [n_rows, row_size(type, n)].
@@ -82,9 +86,16 @@ def quantize_chunk(type: int, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
     if rows.dtype != np.float32 or rows.ndim != 2 or not rows.flags.c_contiguous:
         raise ValueError(f"rows must be C-contiguous float32 [n_rows, n], not {rows.dtype} {rows.shape}")
     n_rows, n = rows.shape
+    if importance is not None and (
+        importance.dtype != np.float32 or importance.shape != (n,) or not importance.flags.c_contiguous
+    ):
+        raise ValueError(
+            f"importance must be C-contiguous float32 [{n}], not {importance.dtype} {list(importance.shape)}"
+        )
     out = np.empty((n_rows, row_size(type, n)), np.uint8)
     if n_rows:
-        ggml.functions().quantize_chunk(type, rows.ctypes.data, out.ctypes.data, 0, n_rows, n, None)
+        weights = None if importance is None else importance.ctypes.data
+        ggml.functions().quantize_chunk(type, rows.ctypes.data, out.ctypes.data, 0, n_rows, n, weights)
     return out
 
 
