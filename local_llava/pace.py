@@ -20,6 +20,9 @@ MIN_MEASURED = 16
 _GROUP = 4
 """Answers in a batch, where groups are tried: so many rows the kernels of quantized weights take at once."""
 
+_BELOW_TILE = 48
+"""Rows of a batch in which attention looks at each row's own cells only. As of 56, it is filled up to a whole tile."""
+
 _TRIED_AGAIN = 64
 """Batches of answers after which the other way is tried again: another program may have slowed the machine."""
 
@@ -79,6 +82,21 @@ class Pace:
             return min(room, efficient_size(room))
         efficient = min(efficient_size(n_together + room), self._n_batch) - n_together
         return efficient if efficient > 0 else room
+
+    def side_by_side(self, needs: Sequence[int], room: int, n_together: int) -> int:
+        """Rows for several prompts in a batch in which they have room.
+
+        Args:
+            needs: Rows that each has left.
+            room: Rows that there may be for all of them.
+            n_together: Answers that have a row in the batch.
+
+        Returns:
+            The room, or less where short prompts would come into one tile of attention.
+        """
+        if not self._on_cpu or len(needs) < 2 or max(needs) >= ATTENTION_TILE or n_together >= _BELOW_TILE:
+            return room
+        return min(room, _BELOW_TILE - n_together)
 
     def share(self, n_together: int, n_prompts: int) -> bool:
         """Whether so many answers' rows and so many of prompts are better off in one batch than in two."""

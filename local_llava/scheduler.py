@@ -253,7 +253,8 @@ class Scheduler:
                     group = []
                 else:
                     room = 0
-        for run, n in zip(reading, shares([r.total - r.sequence.n_past for r in reading], room), strict=True):
+        needs = [run.total - run.sequence.n_past for run in reading]
+        for run, n in zip(reading, shares(needs, self._pace.side_by_side(needs, room, len(group))), strict=True):
             if n:
                 run.plan_prompt(rows, n)
                 planned.append(run)

@@ -81,7 +81,7 @@ class Options:
     """Answers that are given at the same time, 1 to 64; None for what memory allows, at most 8."""
     max_waiting: int = 64
     """Questions that may wait beyond those; one more is refused with `BusyError`."""
-    max_stall: float = 2.0
+    max_stall: float = 4.0
     """Seconds that a running answer may stand still for each of the prompts, with their pictures, that are read
     meanwhile. Shorter ones cost those speed."""
     n_batch: int | None = None

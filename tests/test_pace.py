@@ -74,6 +74,17 @@ def test_prompts_are_as_long_as_answers_may_wait(row_s: float) -> None:
             assert room >= min(fitting - 16, 240)
 
 
+@pytest.mark.parametrize(
+    ("needs", "n_together", "rows"),
+    [([12] * 8, 0, 48), ([12] * 8, 4, 44), ([12, 63], 1, 47), ([40], 0, 200), ([12, 64], 0, 200), ([12] * 8, 50, 200)],
+)
+def test_short_prompts_stay_out_of_one_tile(needs: list[int], n_together: int, rows: int) -> None:
+    """On CPUs, 64 rows of many prompts pass over the cells of all of them."""
+    assert Pace(256, True).side_by_side(needs, 200, n_together) == rows
+    assert Pace(256, True).side_by_side(needs, 5, n_together) == 5
+    assert Pace(256, False).side_by_side(needs, 200, n_together) == 200
+
+
 @given(st.lists(st.integers(1, 700), max_size=20), st.integers(0, 300))
 def test_shares(needs: list[int], room: int) -> None:
     given_rows = shares(needs, room)

@@ -283,6 +283,19 @@ def test_the_more_prompts_wait_the_longer_an_answer_stands_still(
     assert {n for _, n in pieces} >= {2, 3}
 
 
+def test_many_short_questions_go_in_small_batches(tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of several prompts that 64 rows would bring into one tile of attention; one long prompt has whole ones."""
+    with Llava.load(tiny.model, tiny.mmproj, kv_type="F32", n_threads=1, n_batch=256, parallel=8) as llava:
+        batches = Batches(llava, monkeypatch)
+        with line(llava) as waiting:
+            asked = [waiting.ask(f"{i}: {QUESTION}", max_tokens=1) for i in range(8)]
+        assert sum(a.reply.timings.prefilled_tokens for a in asked) > 100
+        assert max(batch.total() for batch in batches.rows) == 48
+        batches.rows.clear()
+        llava.ask(LONG, max_tokens=1)
+        assert max(batch.total() for batch in batches.rows) == 256
+
+
 def test_a_short_question_does_not_wait_for_a_long_one(llava: Llava, batches: Batches) -> None:
     with line(llava) as waiting:
         long = waiting.ask("A: " + LONG, max_tokens=1)
