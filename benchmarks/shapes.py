@@ -26,10 +26,11 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from local_llava.convert.chunks import padded_size
 from local_llava.convert.conversion import prepare
 from local_llava.convert.plan import GGUFPlan, TensorPlan
 from local_llava.convert.quantize import encode_rows
-from local_llava.convert.write import header, padded_size
+from local_llava.convert.write import header
 from local_llava.types import ModelFiles
 
 N_BLOCKS = 131071

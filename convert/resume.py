@@ -19,8 +19,9 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
+from local_llava.convert.chunks import chunks, padded_size
 from local_llava.convert.plan import GGUFPlan
-from local_llava.convert.write import Progress, chunks, header, naming, output_size, padded_size
+from local_llava.convert.write import Progress, header, naming, output_size
 
 SYNC_BYTES = 64 << 20
 """At least so much is written between two lines of the journal: a sync costs milliseconds."""

@@ -9,6 +9,8 @@ a conversion promises to need little.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,10 @@ from local_llava.errors import CheckpointError
 
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Dtypes that weights may have, as safetensors names them, with what numpy reads them as."""
+
+
+_AHEAD = 16 << 20
+"""Bytes by which the disk is ahead of what is asked for: some 20 blocks of a conversion."""
 
 
 class SourceTensor(Protocol):
@@ -86,11 +92,19 @@ class StoredTensor:
                 file.seek(self.offset + start * row_size)
                 if raw.nbytes:
                     _read_fully(file, raw.data.cast("B"))
+                    _expect(file.fileno(), self.offset + stop * row_size, raw.nbytes)
         except OSError as e:
             raise CheckpointError(f"{self}: cannot be read: {e.strerror}") from e
         except EOFError as e:
             raise CheckpointError(f"{self}: the file ended before the tensor did; was it changed?") from e
         return raw
+
+
+def _expect(descriptor: int, offset: int, size: int) -> None:
+    """Has the system read as much as was just read of what comes next, where it can be told, and does not wait."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, offset + _AHEAD, size, os.POSIX_FADV_WILLNEED)
 
 
 def _read_fully(file: Any, buffer: memoryview) -> None:

@@ -1,8 +1,7 @@
 """Writes plans to GGUF files: all of them or none, and never a part of one under its name.
 
-Knows the container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), the disk, and how to keep the processor
-busy with little memory. Does not know what the tensors mean, how rows become bytes (`quantize.encode`), or how a file
-is written in several goes (`resume`).
+Knows the container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and the disk. Does not know what the
+tensors mean, where their bytes come from (`chunks`), or how a file is written in several goes (`resume`).
 
 The header is packed here and not by `gguf.GGUFWriter`: its size is needed before there is a file, and that writer opens
 the file itself, adds keys of its own and drops empty strings.
@@ -16,27 +15,23 @@ import os
 import secrets
 import shutil
 import struct
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType
-from numpy.typing import NDArray
+from gguf import GGUF_MAGIC, GGUF_VERSION, GGUFValueType
 
-from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
-from local_llava.convert.quantize import encode
+from local_llava.convert.chunks import chunks, padded, padded_size
+from local_llava.convert.plan import Field, GGUFPlan
 from local_llava.errors import OutputError
 
 Progress = Callable[[int], None]
 """Called in the caller's thread with the bytes written since the last call; they add up to `output_size`."""
 
-_BLOCK_VALUES = 1 << 19
-"""Values that a thread quantizes at a time: 2 MB of float32. Milliseconds of work, and little even for 64 threads."""
+_OUT_BYTES = 64 << 20
+"""The system is asked to write out so much at a time: in the end there is nothing else to do while it does."""
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -224,11 +219,16 @@ def _write_file(plan: GGUFPlan, file: _File, threads: int | None, progress: Prog
         with naming(file.path):
             out.write(start)
         progress(len(start))
+        written = sent = len(start)
         with contextlib.closing(chunks(plan.tensors, threads)) as parts:
             for chunk in parts:
                 with naming(file.path):
                     out.write(chunk)
                 progress(len(chunk))
+                written += len(chunk)
+                if written - sent >= _OUT_BYTES:
+                    _send_to_disk(out.fileno(), sent, written - sent)
+                    sent = written
         with naming(file.path):
             out.flush()
             os.fsync(out.fileno())
@@ -239,48 +239,11 @@ def _write_file(plan: GGUFPlan, file: _File, threads: int | None, progress: Prog
             out.close()
 
 
-def chunks(
-    tensors: Sequence[TensorPlan], threads: int | None = None, on_stop: Callable[[], None] | None = None
-) -> Generator[bytes | memoryview, None, None]:
-    """The bytes of tensors in order, with at most two blocks a thread loaded or waiting to be written.
-
-    Args:
-        tensors: As they follow each other in the file; each is padded.
-        threads: Threads that load and quantize; None for one a processor.
-        on_stop: Called when the threads have to end early, before they are waited for: loaders that wait for something
-            must then raise.
-    """
-    threads = threads or _processors()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
-    waiting: deque[tuple[Future[NDArray[np.uint8]], int]] = deque()
-    try:
-        for tensor, start, stop in _blocks(tensors):
-            size = _tensor_size(tensor)
-            padding = padded_size(tensor) - size if stop == tensor.n_rows else 0
-            waiting.append((pool.submit(encode, tensor, start, stop), padding))
-            if len(waiting) >= 2 * threads:
-                yield from _finished(*waiting.popleft())
-        while waiting:
-            yield from _finished(*waiting.popleft())
-    except BaseException:
-        if on_stop:
-            on_stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _finished(block: Future[NDArray[np.uint8]], padding: int) -> Iterator[bytes | memoryview]:
-    yield block.result().data
-    if padding:
-        yield bytes(padding)
-
-
-def _blocks(tensors: Sequence[TensorPlan]) -> Iterator[tuple[TensorPlan, int, int]]:
-    for tensor in tensors:
-        step = max(1, _BLOCK_VALUES // tensor.row_length)
-        for start in range(0, tensor.n_rows, step):
-            yield tensor, start, min(start + step, tensor.n_rows)
+def _send_to_disk(descriptor: int, start: int, size: int) -> None:
+    """Has the system begin to write out a part of a file, where it can be told, and does not wait."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a pipe, or a file system that does not know
+            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def header(plan: GGUFPlan) -> bytes:
@@ -294,7 +257,7 @@ def header(plan: GGUFPlan) -> bytes:
         parts += (_string(tensor.name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type, offset))
         offset += padded_size(tensor)
     data = b"".join(parts)
-    return data + bytes(_padded(len(data)) - len(data))
+    return data + bytes(padded(len(data)) - len(data))
 
 
 def _value(entry: Field) -> bytes:
@@ -314,28 +277,6 @@ def _string(value: str | bytes) -> bytes:
     # Bytes of a GGUF's string that are not UTF-8 are read as surrogates (`gguf_file`), and are the same bytes again.
     data = value.encode(errors="surrogateescape") if isinstance(value, str) else value
     return struct.pack("<Q", len(data)) + data
-
-
-def padded_size(tensor: TensorPlan) -> int:
-    """Bytes that a tensor takes up in the file."""
-    return _padded(_tensor_size(tensor))
-
-
-def _tensor_size(tensor: TensorPlan) -> int:
-    block_length, block_size = GGML_QUANT_SIZES[tensor.type]
-    blocks, rest = divmod(tensor.row_length, block_length)
-    if rest:
-        raise ValueError(f"{tensor.name}: rows of {tensor.row_length} are no multiple of a {tensor.type.name} block")
-    return tensor.n_rows * blocks * block_size
-
-
-def _padded(size: int) -> int:
-    return -(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
-
-
-def _processors() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

@@ -11,8 +11,7 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 from numpy.typing import NDArray
 
-from local_llava.convert import resume
-from local_llava.convert import write as writing
+from local_llava.convert import chunks, resume
 from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
 from local_llava.convert.resume import safe_tensors, write_resumable
 from local_llava.convert.write import output_size, write
@@ -42,7 +41,7 @@ def plan(loaded: list[str] | None = None, name: str = "llama", tensors: int = N_
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "SYNC_BYTES", 0)
-    monkeypatch.setattr(writing, "_BLOCK_VALUES", 128)
+    monkeypatch.setattr(chunks, "_BLOCK_VALUES", 128)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from local_llava.convert import chunks
 from local_llava.convert import write as module
 from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
 from local_llava.convert.quantize import encode_rows
@@ -56,7 +57,8 @@ def small_plan(*extra: TensorPlan) -> GGUFPlan:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK_VALUES", 1000)
+    monkeypatch.setattr(chunks, "_BLOCK_VALUES", 1000)
+    monkeypatch.setattr(chunks, "_AHEAD_BYTES", 0)
 
 
 # ---- bytes ----
