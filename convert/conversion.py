@@ -20,6 +20,7 @@ from local_llava.convert.companions import NO_COMPANIONS, Companions
 from local_llava.convert.families import Decoder, Parts, Row, Tower, open_checkpoint
 from local_llava.convert.families.decoders import read_decoder
 from local_llava.convert.families.towers import read_tower
+from local_llava.convert.imatrix import ImportanceMatrix, read_imatrix
 from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.convert.plan import Field, GGUFPlan, Load, TensorPlan
 from local_llava.convert.preprocessing import CLIP_MEAN, CLIP_STD, read_preprocessing
@@ -91,6 +92,7 @@ def convert(
     quant: str = DEFAULT_QUANT,
     mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
     overrides: Overrides = NO_OVERRIDES,
+    imatrix: str | Path | None = None,
     companions: Companions = NO_COMPANIONS,
     overwrite: bool = False,
     progress: write.Progress | None = None,
@@ -104,9 +106,11 @@ def convert(
         source: Directory of a checkpoint.
         out: Directory for the files, made if it is missing; None for `<model>-gguf` in the current directory.
         quant: Type of the language model, in upper or lower case: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1,
-            Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S or Q2_K.
+            Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S or Q2_K; with an
+            importance matrix also IQ3_XS, IQ3_XXS, Q2_K_S, IQ2_M, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_M or IQ1_S.
         mmproj_quant: Type of the tower and projector: F32, F16, BF16, Q8_0, Q6_K, Q5_K or Q4_K.
         overrides: Types of single tensors of the language model.
+        imatrix: An importance matrix of the language model (see `convert.imatrix`).
         companions: Where the parts are that the checkpoint does not carry, if not where it says.
         overwrite: Replace existing files.
         progress: Called with the bytes written since the last call.
@@ -118,7 +122,9 @@ def convert(
     Raises:
         CheckpointError: The checkpoint cannot be converted.
         OutputError: The files cannot be written.
-        UsageError: An unknown type, or one that does not fit a tensor it was named for.
+        UsageError: An unknown type, one that does not fit a tensor it was named for, or one that needs an importance
+            matrix.
+        ModelFileError: The importance matrix is damaged or of another model.
     """
     conversion = prepare(
         source,
@@ -126,6 +132,7 @@ def convert(
         quant=quant,
         mmproj_quant=mmproj_quant,
         overrides=overrides,
+        imatrix=imatrix,
         companions=companions,
         overwrite=overwrite,
     )
@@ -139,6 +146,7 @@ def prepare(
     quant: str = DEFAULT_QUANT,
     mmproj_quant: str = DEFAULT_MMPROJ_QUANT,
     overrides: Overrides = NO_OVERRIDES,
+    imatrix: str | Path | None = None,
     companions: Companions = NO_COMPANIONS,
     overwrite: bool = False,
     read_weights: ReadWeights = weights.read_weights,
@@ -149,8 +157,9 @@ def prepare(
         read_weights: What reads the headers of a directory's weight files. The weights themselves are read by `write`,
             but for the projector's, of which both files carry a digest.
     """
-    mix = mixes.get_mix(quant, mixes.LLM_MIXES)
+    mix = mixes.get_mix(quant, mixes.LLM_MIXES, guided=imatrix is not None)
     mmproj_mix = mixes.get_mix(mmproj_quant, mixes.MMPROJ_MIXES)
+    matrix = None if imatrix is None else read_imatrix(imatrix)
     parts = open_checkpoint(Path(source), companions, read_weights)
     name = model_name(parts.directory)
     directory = Path(f"{name}-gguf") if out is None else Path(out)
@@ -161,7 +170,7 @@ def prepare(
     preprocessing = _preprocessing(parts, tower)
     tokenizer = read_tokenizer(parts.tokenizer, decoder.n_vocab, parts.top)
 
-    text_types = decoder_types(mix, decoder, overrides)
+    text_types = decoder_types(mix, decoder, overrides, matrix)
     mmproj_types = tensor_types.mmproj_types(mmproj_mix, _named([*tower.rows, *tower.projector_rows]))
     shared = [
         *_origin(parts.directory, _loadable(name, tokenizer.tokens)),
@@ -175,6 +184,7 @@ def prepare(
             *mixes.type_fields(mix),
             *decoder.fields,
             *tokenizer.fields(),
+            *(matrix.fields() if matrix else ()),
         ),
         tensors=_tensors(decoder.rows, parts.text_tensors, text_types),
         notes=text_types.notes,
@@ -205,7 +215,12 @@ def model_name(directory: Path) -> str:
     return re.sub(r"-(transformers|hf)$", "", name) or "model"
 
 
-def decoder_types(mix: mixes.Mix, decoder: Decoder, overrides: Overrides = NO_OVERRIDES) -> tensor_types.Assignment:
+def decoder_types(
+    mix: mixes.Mix,
+    decoder: Decoder,
+    overrides: Overrides = NO_OVERRIDES,
+    matrix: ImportanceMatrix | None = None,
+) -> tensor_types.Assignment:
     """The type of every tensor of a language model; arguments and errors as of `tensor_types.llm_types`."""
     return tensor_types.llm_types(
         mix,
@@ -215,6 +230,7 @@ def decoder_types(mix: mixes.Mix, decoder: Decoder, overrides: Overrides = NO_OV
         n_head_kv=decoder.n_head_kv,
         overrides=overrides,
         architecture=decoder.architecture,
+        matrix=matrix,
     )
 
 
@@ -279,7 +295,8 @@ def _tensors(
         else:
             tensor = tensors[row.source]
             load, source = row.load(tensor), str(tensor)
-        return TensorPlan(row.target, row.shape, assignment.types[row.target], load, source)
+        importance = assignment.importance.get(row.target)
+        return TensorPlan(row.target, row.shape, assignment.types[row.target], load, source, importance=importance)
 
     return tuple(plan(row) for row in rows)
 

@@ -1,7 +1,7 @@
 """The table of quantization types: what a name such as Q4_K_M stands for.
 
 Knows llama.cpp's choices for language models (src/llama-quant.cpp of the version pinned in pyproject.toml), made
-without an importance matrix. Does not know how they are applied to the tensors of a file (`tensor_types`).
+without and with an importance matrix. Does not know how they are applied to the tensors of a file (`tensor_types`).
 
 A new type is a row in `LLM_MIXES`, and for each tensor type that it brings a row in `_FALLBACK` of `tensor_types` and
 one in `_SCALES` of `quantize`.
@@ -56,6 +56,11 @@ def _first_part(n: int) -> Callable[[Place], bool]:
     return lambda place: place.index < place.count // n
 
 
+def _inner(place: Place) -> bool:
+    """All but the first and the last eighth."""
+    return place.count // 8 <= place.index < 7 * place.count // 8
+
+
 Rule = tuple[Callable[[Place], bool], GGMLQuantizationType]
 """The type of the tensors for which the condition holds."""
 
@@ -71,6 +76,18 @@ class Mix:
     """`general.file_type`."""
     rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
     """By role (see `_ROLES` in `tensor_types`); the first rule that holds decides."""
+    guided_rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
+    """Those of roles that have others under an importance matrix."""
+    head: GGMLQuantizationType = T.Q6_K
+    """Of the matrix that makes logits, unless the base is F32, F16, BF16 or Q8_0, or its blocks do not fit the rows."""
+    guided: bool = False
+    """Whether it is made with an importance matrix only."""
+
+    def rules_of(self, role: str, guided: bool) -> Sequence[Rule]:
+        """The rules for tensors of a role, without or with an importance matrix."""
+        if guided and role in self.guided_rules:
+            return self.guided_rules[role]
+        return self.rules.get(role, ())
 
 
 def _by_name(*mixes: Mix) -> Mapping[str, Mix]:
@@ -82,6 +99,18 @@ _BETTER_START: Mapping[str, Sequence[Rule]] = {
     "attn_v": [(_grouped_by_four, T.Q5_K)],
     "ffn_down": [(_first_part(8), T.Q5_K)],
 }
+_FEWER_BITS: Mapping[str, Sequence[Rule]] = {
+    "token_embd": [(_always, T.Q2_K)],
+    "attn_v": [(_grouped_by_four, T.Q4_K), (_always, T.Q2_K)],
+    "ffn_down": [(_first_part(8), T.Q2_K)],
+}
+_FEWEST_BITS: Mapping[str, Sequence[Rule]] = {**_FEWER_BITS, "attn_output": [(_always, T.IQ2_XXS)]}
+_TWO_BITS: Mapping[str, Sequence[Rule]] = {
+    "token_embd": [(_always, T.IQ3_S)],
+    "attn_v": [(_grouped_by_four, T.Q4_K), (_always, T.IQ3_S)],
+    "ffn_down": [(_first_part(8), T.IQ3_S)],
+    "attn_output": [(_always, T.IQ3_S)],
+}
 
 LLM_MIXES: Mapping[str, Mix] = _by_name(
     Mix("F32", T.F32, F.ALL_F32),
@@ -92,7 +121,8 @@ LLM_MIXES: Mapping[str, Mix] = _by_name(
     Mix("Q5_K_M", T.Q5_K, F.MOSTLY_Q5_K_M, _BETTER_THIRD),
     Mix("Q5_K_S", T.Q5_K, F.MOSTLY_Q5_K_S),
     Mix("Q5_1", T.Q5_1, F.MOSTLY_Q5_1),
-    Mix("Q5_0", T.Q5_0, F.MOSTLY_Q5_0),
+    # "Q4_1 and Q5_1 do go crazy on ffn_down without an imatrix", says llama-quant.cpp.
+    Mix("Q5_0", T.Q5_0, F.MOSTLY_Q5_0, guided_rules={"ffn_down": [(_first_part(8), T.Q5_1)]}),
     Mix("Q4_K_M", T.Q4_K, F.MOSTLY_Q4_K_M, _BETTER_THIRD),
     Mix(
         "Q4_K_S",
@@ -101,9 +131,9 @@ LLM_MIXES: Mapping[str, Mix] = _by_name(
         {"attn_v": [(_first(4), T.Q5_K)], "ffn_down": [(_first_part(8), T.Q5_K)]},
     ),
     Mix("Q4_1", T.Q4_1, F.MOSTLY_Q4_1),
-    Mix("Q4_0", T.Q4_0, F.MOSTLY_Q4_0),
-    Mix("IQ4_NL", T.IQ4_NL, F.MOSTLY_IQ4_NL, _BETTER_START),
-    Mix("IQ4_XS", T.IQ4_XS, F.MOSTLY_IQ4_XS, _BETTER_START),
+    Mix("Q4_0", T.Q4_0, F.MOSTLY_Q4_0, guided_rules={"ffn_down": [(_first_part(8), T.Q4_1)]}),
+    Mix("IQ4_NL", T.IQ4_NL, F.MOSTLY_IQ4_NL, _BETTER_START, guided_rules={"ffn_down": ()}),
+    Mix("IQ4_XS", T.IQ4_XS, F.MOSTLY_IQ4_XS, _BETTER_START, guided_rules={"ffn_down": ()}),
     Mix(
         "Q3_K_L",
         T.Q3_K,
@@ -133,6 +163,30 @@ LLM_MIXES: Mapping[str, Mix] = _by_name(
     ),
     Mix("IQ3_S", T.IQ3_S, F.MOSTLY_IQ3_S, {"attn_v": [(_grouped_by_four, T.Q4_K)]}),
     Mix(
+        "IQ3_XS",
+        T.IQ3_S,
+        F.MOSTLY_IQ3_XS,
+        {
+            "attn_v": [(_grouped_by_four, T.Q4_K)],
+            **{role: [(_always, T.IQ3_XXS)] for role in ("attn_q", "attn_k")},
+            **{role: [(_inner, T.IQ3_XXS)] for role in ("ffn_gate", "ffn_up")},
+        },
+        guided=True,
+    ),
+    Mix(
+        "IQ3_XXS",
+        T.IQ3_XXS,
+        F.MOSTLY_IQ3_XXS,
+        {
+            "token_embd": [(_always, T.IQ3_S)],
+            "attn_v": [(_grouped_by_four, T.Q4_K)],
+            **{role: [(_always, T.IQ2_S)] for role in ("attn_q", "attn_k")},
+            "attn_output": [(_always, T.IQ3_S)],
+        },
+        head=T.Q5_K,
+        guided=True,
+    ),
+    Mix(
         "Q2_K",
         T.Q2_K,
         F.MOSTLY_Q2_K,
@@ -142,6 +196,19 @@ LLM_MIXES: Mapping[str, Mix] = _by_name(
             "attn_output": [(_always, T.Q3_K)],
         },
     ),
+    Mix(
+        "Q2_K_S",
+        T.Q2_K,
+        F.MOSTLY_Q2_K_S,
+        {"attn_v": [(_grouped_by_four, T.Q4_K)], "ffn_down": [(_first_part(8), T.Q4_K)]},
+        guided=True,
+    ),
+    Mix("IQ2_M", T.IQ2_S, F.MOSTLY_IQ2_M, _TWO_BITS, head=T.Q5_K, guided=True),
+    Mix("IQ2_S", T.IQ2_XS, F.MOSTLY_IQ2_S, _TWO_BITS, head=T.Q5_K, guided=True),
+    Mix("IQ2_XS", T.IQ2_XS, F.MOSTLY_IQ2_XS, _FEWER_BITS, head=T.Q5_K, guided=True),
+    Mix("IQ2_XXS", T.IQ2_XXS, F.MOSTLY_IQ2_XXS, _FEWER_BITS, head=T.Q5_K, guided=True),
+    Mix("IQ1_M", T.IQ1_M, F.MOSTLY_IQ1_M, _FEWEST_BITS, head=T.Q5_K, guided=True),
+    Mix("IQ1_S", T.IQ1_S, F.MOSTLY_IQ1_S, _FEWEST_BITS, head=T.Q5_K, guided=True),
 )
 
 MMPROJ_MIXES: Mapping[str, Mix] = _by_name(
@@ -153,28 +220,29 @@ MMPROJ_MIXES: Mapping[str, Mix] = _by_name(
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """llama-quantize's short names."""
 
-_NEED_IMATRIX = ("IQ3_XXS", "IQ3_XS", "Q2_K_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M")
-"""llama.cpp makes these only with an importance matrix, measured on texts."""
+HOW_TO_GUIDE = "local-llava imatrix makes one, which convert and quantize take with --imatrix"
+"""What is said where an importance matrix is missing."""
 
 
-def get_mix(name: str, mixes: Mapping[str, Mix]) -> Mix:
+def get_mix(name: str, mixes: Mapping[str, Mix], guided: bool = False) -> Mix:
     """Looks up what a user typed, in upper or lower case.
 
     Args:
         name: A quantization type, as in `mixes`, or one of llama-quantize's short names.
         mixes: `LLM_MIXES` or `MMPROJ_MIXES`.
+        guided: Whether there is an importance matrix.
 
     Raises:
         UsageError: There is no such type, or it needs an importance matrix; the message lists those that there are.
     """
     upper = name.upper()
-    known = upper if upper in mixes else _ALIASES.get(upper, "")
-    if known in mixes:
-        return mixes[known]
-    names = ", ".join(mixes)
-    if upper in _NEED_IMATRIX:
+    mix = mixes.get(upper) or mixes.get(_ALIASES.get(upper, ""))
+    if mix is not None and (guided or not mix.guided):
+        return mix
+    names = ", ".join(name for name, known in mixes.items() if guided or not known.guided)
+    if mix is not None:
         raise UsageError(
-            f"quantization type {upper} needs an importance matrix, which local-llava cannot make: use one of {names}"
+            f"quantization type {upper} needs an importance matrix ({HOW_TO_GUIDE}); without one, use one of {names}"
         )
     raise UsageError(f"unknown quantization type {name!r}: use one of {names}")
 

@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType
 
 from local_llava.convert.name_pattern import NamePattern
 from local_llava.errors import UsageError
-from local_llava.ggml_rows import QUANTIZABLE
+from local_llava.ggml_rows import GUIDED, QUANTIZABLE
 
-_NEED_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
+_TYPES = (*QUANTIZABLE.values(), *GUIDED.values())
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,9 @@ class Overrides:
 
 def _type(name: str) -> GGMLQuantizationType:
     upper = name.upper()
-    if upper in QUANTIZABLE.values():
+    if upper in _TYPES:
         return GGMLQuantizationType[upper]
-    names = ", ".join(QUANTIZABLE.values())
-    if upper in _NEED_IMATRIX:
-        raise UsageError(
-            f"tensor type {upper} needs an importance matrix, which local-llava cannot make: use one of {names}"
-        )
-    raise UsageError(f"unknown tensor type {name!r}: use one of {names}")
+    raise UsageError(f"unknown tensor type {name!r}: use one of {', '.join(_TYPES)}")
 
 
 NO_OVERRIDES = Overrides()

@@ -1,4 +1,4 @@
-"""Rows become bytes: quantization by ggml's own kernels, and what a type cannot hold.
+"""Rows become bytes: quantization by ggml's kernels or by ours, and what a type cannot hold.
 
 Does not know which tensor gets which type (`tensor_types`), where tensors come from (`checkpoint`, `families`,
 `requantize`) or where their bytes go (`write`).
@@ -6,19 +6,22 @@ Does not know which tensor gets which type (`tensor_types`), where tensors come 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from local_llava import ggml_rows
+from local_llava.convert import kernels
 from local_llava.convert.mixes import FLOATS
 from local_llava.convert.plan import TensorPlan
 from local_llava.errors import CheckpointError
+from local_llava.ggml_rows import GUIDED
 
 T = GGMLQuantizationType
 
 # Byte offsets of the float16 scales in a block (the block_* structs in ggml-common.h).
-_SCALES = {
+_SCALES: dict[GGMLQuantizationType, tuple[int, ...]] = {
     T.Q4_0: (0,),
     T.Q4_1: (0, 2),
     T.Q5_0: (0,),
@@ -29,6 +32,12 @@ _SCALES = {
     T.Q4_K: (0, 2),
     T.Q5_K: (0, 2),
     T.Q6_K: (208,),
+    T.IQ1_S: (0,),
+    T.IQ1_M: (),  # see `_exponents`
+    T.IQ2_XXS: (0,),
+    T.IQ2_XS: (0,),
+    T.IQ2_S: (0,),
+    T.IQ3_XXS: (0,),
     T.IQ3_S: (0,),
     T.IQ4_NL: (0,),
     T.IQ4_XS: (0,),
@@ -38,6 +47,10 @@ _SCALES = {
 # number. The largest that any block holds is 65504 * 127 * 32 (Q6_K); ggml's kernels take squares, and where these
 # overflow Q3_K, Q6_K and IQ4_XS make zeros of the block, and IQ3_S aborts the process.
 _OVERFLOW = {T.F32: np.inf, T.F16: 65520.0, T.BF16: 2.0**127 * (2 - 2.0**-8)} | dict.fromkeys(_SCALES, 2.0**30)
+
+# And under an importance of at most 2^40, and for the types that are made with one: there IQ1_S takes
+# 1400 * importance * weight^3, and aborts the process where that overflows.
+_OVERFLOW_GUIDED = 2.0**24
 
 
 def encode(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.uint8]:
@@ -82,7 +95,7 @@ def encode_rows(
     """
     if type is T.F32:
         return rows.reshape(-1).view(np.uint8)
-    return ggml_rows.quantize_chunk(int(type), rows, importance).reshape(-1)
+    return kernels.PROCESS.quantize(type, rows, importance).reshape(-1)
 
 
 def _check_values(tensor: TensorPlan, rows: NDArray[np.float32], start: int) -> None:
@@ -90,6 +103,8 @@ def _check_values(tensor: TensorPlan, rows: NDArray[np.float32], start: int) -> 
     with np.errstate(invalid="ignore"):
         low, high = float(rows.min()), float(rows.max())
     limit = _OVERFLOW.get(tensor.type, np.inf)  # what is copied may be of any type
+    if tensor.importance is not None or tensor.type in GUIDED:
+        limit = min(limit, _OVERFLOW_GUIDED)
     if -limit < low and high < limit:
         return
     bad = ~(np.abs(rows) < limit)
@@ -108,8 +123,8 @@ def _check_scales(tensor: TensorPlan, rows: NDArray[np.float32], data: NDArray[n
     block_length, block_size = GGML_QUANT_SIZES[tensor.type]
     blocks = data.view("<u2").reshape(-1, block_size // 2)
     bad = np.zeros(len(blocks), dtype=np.bool_)
-    for offset in _SCALES[tensor.type]:
-        bad |= (blocks[:, offset // 2] & 0x7C00) == 0x7C00
+    for exponent in _exponents(tensor.type, blocks):
+        bad |= exponent == 0x7C00
     if not bad.any():
         return
     block = int(bad.argmax())
@@ -117,3 +132,11 @@ def _check_scales(tensor: TensorPlan, rows: NDArray[np.float32], data: NDArray[n
     row = start + block * block_length // tensor.row_length
     where = f"{tensor.source} ({tensor.name}), row {row}"
     raise CheckpointError(f"{where}: {largest:g} does not fit into {tensor.type.name}; F32 would hold it")
+
+
+def _exponents(type: GGMLQuantizationType, blocks: NDArray[np.uint16]) -> Iterator[NDArray[np.uint16]]:
+    """Those of the float16 scales of blocks, uint16 [n_blocks], in their place in the number."""
+    for offset in _SCALES[type]:
+        yield blocks[:, offset // 2] & np.uint16(0x7C00)
+    if type is T.IQ1_M:  # has its scale in the upper four bits of four numbers
+        yield ((blocks[:, 26] >> 4) & np.uint16(0x0C00)) | (blocks[:, 27] & np.uint16(0x7000))

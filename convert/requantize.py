@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from local_llava import ggml_rows
 from local_llava.convert import mixes, tensor_types, write
+from local_llava.convert.imatrix import ImportanceMatrix, read_imatrix
 from local_llava.convert.mixes import Mix
 from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
@@ -49,6 +50,7 @@ _VALUE_TYPES = {
 _SOURCES = frozenset(map(int, GGMLQuantizationType))
 
 _REPLACED = {"general.quantization_version", "general.file_type", "split.no", "split.count", "split.tensors.count"}
+_IMATRIX = "quantize.imatrix."
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def quantize_gguf(
     quant: str,
     *,
     overrides: Overrides = NO_OVERRIDES,
+    imatrix: str | Path | None = None,
     allow_requantize: bool = False,
     overwrite: bool = False,
     progress: write.Progress | None = None,
@@ -102,6 +105,7 @@ def quantize_gguf(
         target: The new file.
         quant: A type that `convert` takes for a file of this kind.
         overrides: Types of single tensors of a language model.
+        imatrix: An importance matrix of a language model (see `convert.imatrix`).
         allow_requantize: Take a source that is quantized already. What was lost then is not found again.
         overwrite: Replace an existing file.
         progress: Called with the bytes written since the last call.
@@ -111,12 +115,19 @@ def quantize_gguf(
         `target`.
 
     Raises:
-        ModelFileError: The source cannot be read or quantized.
+        ModelFileError: The source cannot be read or quantized; or the importance matrix is damaged or of another model.
         OutputError: The target cannot be written.
-        UsageError: An unknown type, one that does not fit a tensor it was named for, or a source that is quantized.
+        UsageError: An unknown type, one that does not fit a tensor it was named for or needs an importance matrix, or a
+            source that is quantized.
     """
     prepared = prepare_gguf(
-        source, target, quant, overrides=overrides, allow_requantize=allow_requantize, overwrite=overwrite
+        source,
+        target,
+        quant,
+        overrides=overrides,
+        imatrix=imatrix,
+        allow_requantize=allow_requantize,
+        overwrite=overwrite,
     )
     return prepared.write(progress, threads)
 
@@ -127,6 +138,7 @@ def prepare_gguf(
     quant: str,
     *,
     overrides: Overrides = NO_OVERRIDES,
+    imatrix: str | Path | None = None,
     allow_requantize: bool = False,
     overwrite: bool = False,
 ) -> Requantization:
@@ -139,29 +151,40 @@ def prepare_gguf(
     if gguf.metadata.get("split.count", 1) not in (0, 1):
         raise ModelFileError(f"{source}: is one part of a split model; join the parts with llama-gguf-split --merge")
     tensors = [_tensor(gguf, info) for info in gguf.tensors.values()]
+    matrix = None if imatrix is None else read_imatrix(imatrix)
     architecture = gguf.metadata.get("general.architecture")
     if isinstance(architecture, str) and architecture in ARCHITECTURES:
-        mix = mixes.get_mix(quant, mixes.LLM_MIXES)
+        mix = mixes.get_mix(quant, mixes.LLM_MIXES, guided=matrix is not None)
         tensors.sort(key=lambda tensor: tensor_types.llama_order(tensor.name))
-        assignment = _llm_types(gguf, architecture, mix, tensors, overrides)
+        assignment = _llm_types(gguf, architecture, mix, tensors, overrides, matrix)
     elif architecture == "clip":
         mix = mixes.get_mix(quant, mixes.MMPROJ_MIXES)
         if overrides:
             raise UsageError(f"{source} is an mmproj: types of single tensors can be named for a language model only")
+        if matrix is not None:
+            raise UsageError(f"{source} is an mmproj: importance matrices are of language models")
         check_mmproj(gguf)
         assignment = tensor_types.mmproj_types(mix, tensors)
     else:
         raise ModelFileError(
             f"{source}: general.architecture is {architecture!a:.80}; supported: {', '.join(ARCHITECTURES)}, clip"
         )
-    plans = tuple(_plan(gguf, tensor, assignment.types[tensor.name]) for tensor in tensors)
+    plans = tuple(_plan(gguf, tensor, assignment) for tensor in tensors)
     if not allow_requantize:
         _refuse_quantized(source, tensors, assignment)
-    plan = GGUFPlan((*_fields(gguf), *mixes.type_fields(mix)), plans, assignment.notes)
+    fields = (*_fields(gguf, matrix), *mixes.type_fields(mix), *(matrix.fields() if matrix else ()))
+    plan = GGUFPlan(fields, plans, assignment.notes)
     return Requantization(source, target, plan, overwrite)
 
 
-def _llm_types(gguf: GGUFFile, architecture: str, mix: Mix, tensors: list[Tensor], overrides: Overrides) -> Assignment:
+def _llm_types(
+    gguf: GGUFFile,
+    architecture: str,
+    mix: Mix,
+    tensors: list[Tensor],
+    overrides: Overrides,
+    matrix: ImportanceMatrix | None,
+) -> Assignment:
     def number(key: str, high: int, default: int | None = None) -> int:
         value = gguf.metadata.get(f"{architecture}.{key}", default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
@@ -181,6 +204,7 @@ def _llm_types(gguf: GGUFFile, architecture: str, mix: Mix, tensors: list[Tensor
         n_head_kv=number("attention.head_count_kv", n_head, n_head),
         architecture=architecture,
         overrides=overrides,
+        matrix=matrix,
     )
 
 
@@ -207,10 +231,11 @@ def _refuse_quantized(source: Path, tensors: list[Tensor], assignment: Assignmen
             )
 
 
-def _plan(gguf: GGUFFile, tensor: Tensor, target: GGMLQuantizationType) -> TensorPlan:
-    rows = _Rows(gguf, gguf.tensors[tensor.name])
-    copied = tensor.type is target and target not in mixes.FLOATS
-    return TensorPlan(tensor.name, tensor.shape, target, rows.load, f"{gguf.path}", raw=rows.raw if copied else None)
+def _plan(gguf: GGUFFile, tensor: Tensor, assignment: Assignment) -> TensorPlan:
+    name, target = tensor.name, assignment.types[tensor.name]
+    rows = _Rows(gguf, gguf.tensors[name])
+    raw = rows.raw if tensor.type is target and target not in mixes.FLOATS else None
+    return TensorPlan(name, tensor.shape, target, rows.load, f"{gguf.path}", raw, assignment.importance.get(name))
 
 
 class _Rows:
@@ -234,9 +259,13 @@ class _Rows:
         return ggml_rows.dequantize(self.info.type, self.raw(start, stop)).reshape(stop - start, -1)
 
 
-def _fields(gguf: GGUFFile) -> list[Field]:
+def _fields(gguf: GGUFFile, matrix: ImportanceMatrix | None) -> list[Field]:
     """The metadata that stays. Texts keep a zero byte inside, at which llama.cpp ends them."""
-    return [_field(key, value, gguf.types[key]) for key, value in gguf.metadata.items() if key not in _REPLACED]
+    return [
+        _field(key, value, gguf.types[key])
+        for key, value in gguf.metadata.items()
+        if key not in _REPLACED and not (matrix and key.startswith(_IMATRIX))
+    ]
 
 
 def _field(key: str, value: Any, type: str) -> Field:

@@ -12,27 +12,45 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from numpy.typing import NDArray
 
-from local_llava.convert.mixes import FLOATS, Mix, Place
+from local_llava.convert.imatrix import ImportanceMatrix, some
+from local_llava.convert.mixes import FLOATS, HOW_TO_GUIDE, Mix, Place
 from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.errors import UsageError
+from local_llava.ggml_rows import ALWAYS_GUIDED, GUIDED
 
 T = GGMLQuantizationType
 
 # A part of the name -> the role that rules are looked up by.
 _ROLES = {
-    "attn_v.weight": "attn_v",
+    "token_embd.weight": "token_embd",
     "attn_qkv.weight": "attn_v",
+    "attn_v.weight": "attn_v",
+    "attn_k.weight": "attn_k",
+    "attn_q.weight": "attn_q",
     "attn_output.weight": "attn_output",
+    "ffn_up": "ffn_up",
+    "ffn_gate": "ffn_gate",
     "ffn_down": "ffn_down",
 }
+_COUNTED_BY_LAYERS = ("ffn_up", "ffn_gate", "ffn_down")
 
 # In models with 80 layers attn_v is an eighth of attn_q, so that better types cost next to nothing.
 _ATTN_V_OF_70B = {T.Q3_K: T.Q5_K, T.Q4_K: T.Q5_K}
+_SMALLEST = (T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S)
+"""Bases of mixes that do not get them all the same."""
 
 # Where rows are not a multiple of the block: first this, and F16 where that does not fit either.
 _FALLBACK = {
+    T.IQ1_S: T.IQ4_NL,
+    T.IQ1_M: T.IQ4_NL,
+    T.IQ2_XXS: T.IQ4_NL,
+    T.IQ2_XS: T.IQ4_NL,
+    T.IQ2_S: T.IQ4_NL,
+    T.IQ3_XXS: T.IQ4_NL,
     T.IQ3_S: T.IQ4_NL,
     T.IQ4_XS: T.IQ4_NL,
     T.Q2_K: T.Q4_0,
@@ -67,6 +85,8 @@ class Assignment:
     """By tensor name."""
     notes: tuple[str, ...] = ()
     """What a user may not expect, one line each: other types than asked for, and why."""
+    importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Of those tensors that an importance matrix speaks of; see `TensorPlan.importance`."""
 
 
 def llama_order(name: str) -> tuple[int, str]:
@@ -85,6 +105,7 @@ def llm_types(
     n_head_kv: int,
     architecture: str = "llama",
     overrides: Overrides = NO_OVERRIDES,
+    matrix: ImportanceMatrix | None = None,
 ) -> Assignment:
     """Gives every tensor of a language model the type that `llama_model_quantize` gives it.
 
@@ -98,24 +119,73 @@ def llm_types(
         n_head_kv: `attention.head_count_kv`.
         architecture: `general.architecture`: llama, phi3 or qwen2.
         overrides: Types that the user named.
+        matrix: How much each column of the matrices matters.
 
     Raises:
-        UsageError: A type named for the embeddings or the output has blocks that do not divide their rows.
+        UsageError: A type named for the embeddings or the output has blocks that do not divide their rows; or a
+            tensor's type needs an importance that there is not.
+        ModelFileError: The importance matrix is of another model.
     """
     ordered = sorted(tensors, key=lambda tensor: llama_order(tensor.name))
     names = [tensor.name for tensor in ordered]
-    counts = Counter(map(_role, names))
-    counts["ffn_down"] = n_layer
+    counts = {**Counter(map(_role, names)), **dict.fromkeys(_COUNTED_BY_LAYERS, n_layer)}
     chooser = _Chooser(
         mix,
         overrides,
         head=_OUTPUT if _OUTPUT in names else _EMBEDDING,
         counts=counts,
         n_gqa=n_head // n_head_kv,
-        attn_v=_ATTN_V_OF_70B if _is_70b(architecture, n_layer, n_head, n_head_kv) else {},
+        guided=matrix is not None,
+        attn_v=_better_attn_v(mix, architecture, n_layer, n_head, n_head_kv),
     )
     types = {tensor.name: chooser.type_of(tensor) for tensor in ordered}
-    return Assignment(types, (*_fallback_notes(chooser.fallbacks), *chooser.unused()))
+    importance, notes = _guidance(mix, ordered, types, matrix)
+    return Assignment(types, (*_fallback_notes(chooser.fallbacks), *chooser.unused(), *notes), importance)
+
+
+def _guidance(
+    mix: Mix,
+    tensors: Iterable[Tensor],
+    types: Mapping[str, GGMLQuantizationType],
+    matrix: ImportanceMatrix | None,
+) -> tuple[Mapping[str, NDArray[np.float32]], list[str]]:
+    """The importances of the tensors that are quantized, and what a user may not expect of them."""
+    made = [t for t in tensors if types[t.name] not in FLOATS and (matrix is None or types[t.name] is not t.type)]
+    if matrix is None:
+        for tensor in made:
+            if _needs_guidance(mix, tensor.name, types[tensor.name]):
+                raise UsageError(
+                    f"{tensor.name} as {types[tensor.name].name} needs an importance matrix: {HOW_TO_GUIDE}"
+                )
+        return {}, []
+    found = matrix.fitting({tensor.name: tensor.shape[-1] for tensor in made})
+    without = [tensor.name for tensor in made if tensor.name not in found]
+    for name in without:
+        if _needs_guidance(mix, name, types[name]):
+            raise UsageError(f"{matrix.path}: has nothing for {name}, which {types[name].name} needs")
+    notes = []
+    if all(types[name] is T.Q8_0 for name in found):
+        notes.append(f"{matrix.path} changes nothing: no type is made here that takes an importance matrix")
+    # llama-imatrix leaves these two out unless it is told otherwise.
+    elif lacking := [name for name in without if name not in (_EMBEDDING, _OUTPUT)]:
+        notes.append(f"{matrix.path} has nothing for {some(lacking)}: made without")
+    if strangers := [name for name in matrix.importance if name not in types]:
+        notes.append(f"{matrix.path} is also of {some(strangers)} that this model lacks: is it the right one?")
+    return found, notes
+
+
+def _needs_guidance(mix: Mix, name: str, type: GGMLQuantizationType) -> bool:
+    """Whether llama.cpp refuses to make a tensor without an importance (`tensor_requires_imatrix`), or ggml aborts."""
+    if name in (_EMBEDDING, _OUTPUT):
+        return type in ALWAYS_GUIDED
+    return type in GUIDED or (type is T.Q2_K and mix.file_type is LlamaFileType.MOSTLY_Q2_K_S)
+
+
+def _better_attn_v(
+    mix: Mix, architecture: str, n_layer: int, n_head: int, n_head_kv: int
+) -> Mapping[GGMLQuantizationType, GGMLQuantizationType]:
+    large = _is_70b(architecture, n_layer, n_head, n_head_kv) and mix.base not in _SMALLEST
+    return _ATTN_V_OF_70B if large else {}
 
 
 def _is_70b(architecture: str, n_layer: int, n_head: int, n_head_kv: int) -> bool:
@@ -134,6 +204,8 @@ class _Chooser:
     counts: Mapping[str, int]
     """Tensors by role."""
     n_gqa: int
+    guided: bool
+    """Whether there is an importance matrix."""
     attn_v: Mapping[GGMLQuantizationType, GGMLQuantizationType]
     """What attn_v gets in place of another type."""
     seen: Counter[str] = field(default_factory=Counter)
@@ -173,7 +245,8 @@ class _Chooser:
         role = _role(tensor.name)
         place = Place(self.seen[role], self.counts[role], self.n_gqa)
         self.seen[role] += 1
-        type = next((type for holds, type in self.mix.rules.get(role, ()) if holds(place)), self.mix.base)
+        rules = self.mix.rules_of(role, self.guided)
+        type = next((type for holds, type in rules if holds(place)), self.mix.base)
         return self.attn_v.get(type, type) if role == "attn_v" else type
 
     def unused(self) -> list[str]:
@@ -232,7 +305,7 @@ def _is_matrix(shape: tuple[int, ...]) -> bool:
 def _head_type(mix: Mix, row_length: int) -> GGMLQuantizationType:
     if mix.base is T.Q8_0 or not _fits(mix.base, row_length):
         return T.Q8_0
-    return T.Q6_K
+    return mix.head
 
 
 class _Fallback(NamedTuple):

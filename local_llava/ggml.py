@@ -23,7 +23,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,35 @@ SUCCESS = 0
 PREC_F32 = 10
 """`enum ggml_prec`."""
 
+MUL_MAT = 29
+"""`enum ggml_op`: GGML_OP_MUL_MAT."""
+
 
 class InitParams(ctypes.Structure):
     """`struct ggml_init_params`, the only one that is passed by value."""
 
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class Tensor(ctypes.Structure):
+    """`struct ggml_tensor`, to look at a graph that llama.cpp made: all else goes through functions."""
+
+    _fields_ = (
+        ("type", c_int),
+        ("buffer", c_void_p),
+        ("ne", c_int64 * 4),
+        ("nb", c_size_t * 4),
+        ("op", c_int),
+        ("op_params", c_int32 * 16),
+        ("flags", c_int32),
+        ("src", c_void_p * 10),
+        ("view_src", c_void_p),
+        ("view_offs", c_size_t),
+        ("data", c_void_p),
+        ("name", c_char * 64),
+        ("extra", c_void_p),
+        ("padding", c_char * 8),
+    )
 
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
@@ -108,6 +132,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     # contexts, tensors, graphs
     "init": (_P, [InitParams]),
     "free": (None, [_P]),
+    "op_name": (c_char_p, [c_int]),
     "tensor_overhead": (c_size_t, []),
     "graph_overhead_custom": (c_size_t, [c_size_t, c_bool]),
     "new_tensor": (_P, [_P, c_int, c_int, _SHAPE]),

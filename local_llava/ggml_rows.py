@@ -32,15 +32,32 @@ QUANTIZABLE: dict[int, str] = {
 }
 """`enum ggml_type` -> name, for the types that `ggml_quantize_chunk` makes without an importance matrix."""
 
+GUIDED: dict[int, str] = {
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    22: "IQ2_S",
+    29: "IQ1_M",
+}
+"""Those that llama.cpp makes of a layer's weights with one only (`tensor_requires_imatrix` in llama-quant.cpp)."""
+
+ALWAYS_GUIDED = frozenset({16, 17, 19})
+"""Those for which ggml aborts the process without one (`ggml_quantize_requires_imatrix`)."""
+
+MAX_IMPORTANCE = 2.0**40
+"""Of a column. Where products of it and of weights overflow, ggml aborts for types of `GUIDED`. The square of an
+activation that F16 holds is less than 2^32."""
+
+_MADE = QUANTIZABLE | GUIDED
+
 _N_TYPES = 43
 """GGML_TYPE_COUNT: ggml reads beyond its table for types from there on."""
 
 
 def _checked(type: int) -> int:
-    if type not in QUANTIZABLE:
-        raise ValueError(
-            f"{type!r} is no ggml type that is made from float32; those are {', '.join(QUANTIZABLE.values())}"
-        )
+    if type not in _MADE:
+        raise ValueError(f"{type!r} is no ggml type that is made from float32; those are {', '.join(_MADE.values())}")
     return int(type)
 
 
@@ -48,7 +65,7 @@ def block_size(type: int) -> int:
     """Values that share a scale; the length of a row must be a multiple of it. 1 for F32, F16 and BF16.
 
     Raises:
-        ValueError: `type` is none of `QUANTIZABLE`.
+        ValueError: `type` is none of `QUANTIZABLE` and `GUIDED`.
     """
     return int(ggml.functions().blck_size(_checked(type)))
 
@@ -57,10 +74,10 @@ def row_size(type: int, n: int) -> int:
     """Bytes of a row of n values.
 
     Raises:
-        ValueError: `type` is none of `QUANTIZABLE`, or n is not a positive multiple of its block size.
+        ValueError: `type` is none of `QUANTIZABLE` and `GUIDED`, or n is not a positive multiple of its block size.
     """
     if n < 1 or n % block_size(type):
-        raise ValueError(f"a {QUANTIZABLE[type]} row holds a multiple of {block_size(type)} values, not {n}")
+        raise ValueError(f"a {_MADE[type]} row holds a multiple of {block_size(type)} values, not {n}")
     return int(ggml.functions().row_size(type, n))
 
 
@@ -72,17 +89,19 @@ def quantize_chunk(
     Rows are independent, and the GIL is released: call it from several threads on blocks of rows.
 
     Args:
-        type: A ggml type of `QUANTIZABLE`.
+        type: A ggml type of `QUANTIZABLE` or `GUIDED`.
         rows: float32 [n_rows, n], C-contiguous, n a multiple of the block size. Finite: ggml does not check.
-        importance: float32 [n], C-contiguous, finite and not negative: how much an error in each column matters, the
-            same for all rows (a row of an importance matrix).
+        importance: float32 [n], C-contiguous, 0 to `MAX_IMPORTANCE`: how much an error in each column matters, the same
+            for all rows (a row of an importance matrix). Types of `ALWAYS_GUIDED` need one.
 
     Returns:
         uint8 [n_rows, row_size(type, n)].
 
     Raises:
-        ValueError: The type, dtype, shape or memory order is another.
+        ValueError: The type, dtype, shape or memory order is another, or the importance is missing.
     """
+    if type in ALWAYS_GUIDED and importance is None:
+        raise ValueError(f"{GUIDED[type]} is made with an importance only")
     if rows.dtype != np.float32 or rows.ndim != 2 or not rows.flags.c_contiguous:
         raise ValueError(f"rows must be C-contiguous float32 [n_rows, n], not {rows.dtype} {rows.shape}")
     n_rows, n = rows.shape
@@ -103,7 +122,7 @@ def validate_row_data(type: int, data: NDArray[np.uint8]) -> bool:
     """Whether quantized data has no NaN and no infinity among its values or scales. ggml tells stderr which.
 
     Args:
-        type: A ggml type of `QUANTIZABLE`.
+        type: A ggml type of `QUANTIZABLE` or `GUIDED`.
         data: uint8 of any shape, C-contiguous, whole blocks.
 
     Raises:

@@ -13,12 +13,13 @@ from importlib.metadata import version
 from typing import Any
 
 from local_llava import devices, ggml, hub, placement, tuning
+from local_llava.chat import ChatFormat
 from local_llava.corrections import corrected
 from local_llava.embeddings import Encoder
-from local_llava.errors import EngineError
+from local_llava.errors import EngineError, ModelFileError
 from local_llava.gguf_file import GGUFFile
 from local_llava.image_cache import ImageCache
-from local_llava.llm import LLM, N_BATCH
+from local_llava.llm import LLM, N_BATCH, Observer
 from local_llava.llm_file import check_llm, check_pair
 from local_llava.mmproj import check_mmproj
 from local_llava.picture_store import PictureStore
@@ -45,8 +46,25 @@ class Loaded:
     encoder: Encoder
     store: PictureStore
 
+    def chat_format(self) -> ChatFormat:
+        """How a conversation is put to the language model.
 
-def load(files: ModelFiles, options: Options, explicit: Mapping[str, Any], stack: ExitStack) -> Loaded:
+        Raises:
+            ModelFileError: The file does not say.
+        """
+        vocab, model = self.llm.config.vocab, self.files.model
+        if vocab.chat_template is None:
+            raise ModelFileError(f"{model}: tokenizer.chat_template is missing; it says how a question is put")
+        return ChatFormat(vocab.chat_template, self.llm.specials, vocab.bos, vocab.eos, vocab.add_bos)
+
+
+def load(
+    files: ModelFiles,
+    options: Options,
+    explicit: Mapping[str, Any],
+    stack: ExitStack,
+    observer: Observer | None = None,
+) -> Loaded:
     """Load a pair.
 
     Args:
@@ -54,6 +72,8 @@ def load(files: ModelFiles, options: Options, explicit: Mapping[str, Any], stack
         options: How to load it.
         explicit: Those of them that the user named.
         stack: Frees what was loaded.
+        observer: Looks at what the language model's matrices are multiplied with. All rows of a batch may have logits
+            then: without them, llama.cpp leaves the last layer out.
 
     Raises:
         ModelFileError: A file cannot be used, or the two do not belong together.
@@ -67,17 +87,17 @@ def load(files: ModelFiles, options: Options, explicit: Mapping[str, Any], stack
     hub.check_pair_ids(gguf, mmproj)
 
     def place(options: Options) -> Placement:
-        return placement.choose(llm_config, tower_config, gguf, mmproj, options)
+        return placement.choose(llm_config, tower_config, gguf, mmproj, options, all_outputs=observer is not None)
 
     placed = place(options)
     try:
-        tower, llm = _load_models(files, placed, options, stack)
+        tower, llm = _load_models(files, placed, options, stack, observer)
     except EngineError as e:
         if not placed.n_gpu_layers and not placed.tower_on_gpu:
             raise
         log.warning("the GPU cannot be used (%s): the CPU computes everything", e)
         placed = place(options.updated({"n_gpu_layers": 0}))
-        tower, llm = _load_models(files, placed, options, stack)
+        tower, llm = _load_models(files, placed, options, stack, observer)
     for note in placed.notes:
         log.info("%s", note)
     store = _picture_store(files, placed, options, tower, llm)
@@ -85,7 +105,11 @@ def load(files: ModelFiles, options: Options, explicit: Mapping[str, Any], stack
     return Loaded(files, options, placed, tower, llm, Encoder(tower, store), store)
 
 
-def _load_models(files: ModelFiles, placed: Placement, options: Options, stack: ExitStack) -> tuple[VisionTower, LLM]:
+def _load_models(
+    files: ModelFiles, placed: Placement, options: Options, stack: ExitStack, observer: Observer | None
+) -> tuple[VisionTower, LLM]:
+    # Every running answer has its next token in each batch, and a prompt some of its own.
+    n_batch = max(options.n_batch or N_BATCH, 2 * placed.parallel)
     with ExitStack() as own:
         # First, since the language model's share of a GPU was computed with the tower there.
         tower = VisionTower.load(
@@ -99,13 +123,13 @@ def _load_models(files: ModelFiles, placed: Placement, options: Options, stack: 
             files.model,
             n_cells=placed.n_cells,
             n_seq_max=placed.parallel + N_RETIRED + 1,
-            # Every running answer has its next token in each batch, and a prompt some of its own.
-            n_batch=max(options.n_batch or N_BATCH, 2 * placed.parallel),
-            n_outputs=placed.parallel + MAX_GUESSED,
+            n_batch=n_batch,
+            n_outputs=placed.parallel + MAX_GUESSED if observer is None else n_batch,
             kv_type=placed.kv_type,
             n_threads=options.n_threads,
             n_gpu_layers=placed.n_gpu_layers,
             flash_attention=options.flash_attention,
+            observer=observer,
         )
         own.callback(llm.close)
         stack.enter_context(own.pop_all())

@@ -29,8 +29,8 @@ from local_llava.placement import MAX_DEFAULT_N_CTX
 from local_llava.preprocessing import Preprocessing
 from local_llava.types import DEFAULT_MMPROJ_QUANT, DEFAULT_QUANT
 
-QUANTS = tuple(mixes.LLM_MIXES)
-"""Types of the language model, from the largest to the smallest."""
+QUANTS = tuple(name for name, mix in mixes.LLM_MIXES.items() if not mix.guided)
+"""Types of the language model that need no importance matrix, from the largest to the smallest."""
 
 _FEATURE_LAYER = -2
 """The hidden state that the models of the list project: all but the last block run."""

@@ -66,7 +66,14 @@ class Placement:
     """Tokens of a second KV cache, where long prompts are read; 0 for none."""
 
 
-def choose(llm: LLMConfig, tower: TowerConfig, gguf: GGUFFile, mmproj: GGUFFile, options: Options) -> Placement:
+def choose(
+    llm: LLMConfig,
+    tower: TowerConfig,
+    gguf: GGUFFile,
+    mmproj: GGUFFile,
+    options: Options,
+    all_outputs: bool = False,
+) -> Placement:
     """Decide how a pair is loaded: as the options say, and for the rest what the memory allows.
 
     With all of it on GPUs if that is possible with some context, then the longest context, then the most answers at a
@@ -79,19 +86,29 @@ def choose(llm: LLMConfig, tower: TowerConfig, gguf: GGUFFile, mmproj: GGUFFile,
         mmproj: The tower's.
         options: Those of `Options.LOADING` that the user gave win, also where they need more memory of a GPU than it
             has by these estimates: then the driver has the last word.
+        all_outputs: Whether all rows of a batch may have logits.
 
     Raises:
         UsageError: The user named a context longer than the model was trained for, or a KV cache that llama.cpp cannot
             have.
         NotEnoughMemoryError: The message has the numbers.
     """
-    return _Choice(llm, tower, gguf, mmproj, options).best()
+    return _Choice(llm, tower, gguf, mmproj, options, all_outputs).best()
 
 
 class _Choice:
     """What a choice depends on."""
 
-    def __init__(self, llm: LLMConfig, tower: TowerConfig, gguf: GGUFFile, mmproj: GGUFFile, options: Options) -> None:
+    def __init__(
+        self,
+        llm: LLMConfig,
+        tower: TowerConfig,
+        gguf: GGUFFile,
+        mmproj: GGUFFile,
+        options: Options,
+        all_outputs: bool,
+    ) -> None:
+        self.all_outputs = all_outputs
         self.llm, self.tower, self.options, self.path = llm, tower, options, gguf.path
         self.weights = Weights.of(gguf, llm)
         self.tower_weights = sum(tensor.nbytes for tensor in mmproj.tensors.values())
@@ -203,6 +220,7 @@ class _Choice:
         """Bytes of a context's intermediate results."""
         n_batch, flash = min(self.options.n_batch or N_BATCH, n_cells), self.options.flash_attention
         flash_attention = kv_type != "F32" if flash is None else flash
+        n_outputs = max(n_outputs, n_batch) if self.all_outputs else n_outputs
         return memory.compute_bytes(self.llm, n_cells, n_batch, n_outputs, flash_attention)
 
     def _fits(self, placed: Placement) -> bool:

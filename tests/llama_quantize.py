@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ from gguf import GGUFReader, GGUFValueType
 from numpy.typing import NDArray
 
 from local_llava.convert import mixes, tensor_types
+from local_llava.convert.imatrix import ImportanceMatrix
 from local_llava.convert.mixes import LLM_MIXES
 from local_llava.convert.overrides import NO_OVERRIDES, Overrides
 from local_llava.convert.plan import Field, GGUFPlan, TensorPlan
@@ -23,6 +24,9 @@ from local_llava.convert.tensor_types import Assignment, Tensor
 from local_llava.convert.write import write
 
 Tensors = dict[str, NDArray[np.float32]]
+
+UNGUIDED = tuple(name for name, mix in LLM_MIXES.items() if not mix.guided)
+"""Those that are made without an importance matrix, too."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,13 @@ class Model:
             Field(f"{self.architecture}.attention.layer_norm_rms_epsilon", 1e-5, GGUFValueType.FLOAT32),
         )
 
-    def types(self, quant: str, tensors: Tensors, overrides: Overrides = NO_OVERRIDES) -> Assignment:
+    def types(
+        self,
+        quant: str,
+        tensors: Tensors,
+        overrides: Overrides = NO_OVERRIDES,
+        matrix: ImportanceMatrix | None = None,
+    ) -> Assignment:
         return tensor_types.llm_types(
             LLM_MIXES[quant],
             [Tensor(name, value.shape) for name, value in tensors.items()],
@@ -97,15 +107,37 @@ class Model:
             n_head_kv=self.n_head_kv,
             architecture=self.architecture,
             overrides=overrides,
+            matrix=matrix,
         )
 
-    def plan(self, quant: str, tensors: Tensors, overrides: Overrides = NO_OVERRIDES) -> GGUFPlan:
+    def plan(
+        self,
+        quant: str,
+        tensors: Tensors,
+        overrides: Overrides = NO_OVERRIDES,
+        matrix: ImportanceMatrix | None = None,
+    ) -> GGUFPlan:
         """The tensors in llama.cpp's order, so that whole files can be compared."""
-        types = self.types(quant, tensors, overrides).types
+        made = self.types(quant, tensors, overrides, matrix)
         return GGUFPlan(
-            (*self.fields(), *mixes.type_fields(LLM_MIXES[quant])),
-            tuple(tensor(name, tensors[name], types[name]) for name in sorted(tensors, key=tensor_types.llama_order)),
+            (*self.fields(), *mixes.type_fields(LLM_MIXES[quant]), *(matrix.fields() if matrix else ())),
+            tuple(
+                replace(tensor(name, tensors[name], made.types[name]), importance=made.importance.get(name))
+                for name in sorted(tensors, key=tensor_types.llama_order)
+            ),
         )
+
+    def matrix(self, seed: int = 0, datasets: tuple[str, ...] = ("pictures",)) -> ImportanceMatrix:
+        """For all matrices but the embeddings and the output, as llama-imatrix makes it: of any size, some of it 0."""
+        rng = np.random.default_rng(seed)
+        importance = {}
+        for name, value in self.tensors().items():
+            if value.ndim == 2 and name.startswith("blk."):
+                n = value.shape[-1]
+                squares = rng.standard_normal(n) ** 2 * 10 ** rng.uniform(-6, 6)
+                squares *= rng.choice([1, 1e3, 1e-3, 0], n, p=[0.8, 0.05, 0.1, 0.05])
+                importance[name] = squares.astype(np.float32)
+        return ImportanceMatrix(Path("some/imatrix.gguf"), importance, datasets, 7)
 
 
 def weights(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -148,6 +180,7 @@ def llama_quantize(
     output_type: str | None = None,
     embedding_type: str | None = None,
     allow_requantize: bool = False,
+    matrix: ImportanceMatrix | None = None,
 ) -> bool:
     """Whether llama.cpp could quantize, called as its llama-quantize calls it."""
     params = llama_cpp.llama_model_quantize_default_params()
@@ -162,7 +195,35 @@ def llama_quantize(
         # llama-quantize puts patterns in lower case.
         entries = [(pattern.lower().encode(), int(T[name.upper()])) for pattern, name in tensor_types.items()]
         params.tt_overrides = (llama_cpp.llama_model_tensor_override * (len(entries) + 1))(*entries, (None, 0))
+    if matrix is not None:
+        params.imatrix = imatrix_data(matrix)
+        params.kv_overrides = imatrix_overrides(matrix)
     return llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+
+
+def imatrix_data(matrix: ImportanceMatrix) -> ctypes.Array[llama_cpp.llama_model_imatrix_data]:
+    """The numbers as llama_model_quantize takes them; the list ends with a null pointer."""
+    entries = [
+        (name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(values))
+        for name, values in matrix.importance.items()
+    ]
+    return (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries, (None, None, 0))
+
+
+def imatrix_overrides(matrix: ImportanceMatrix) -> ctypes.Array[llama_cpp.llama_model_kv_override]:
+    """What llama-quantize has llama_model_quantize write about the matrix (`llama_quantize` in its quantize.cpp)."""
+    said: list[tuple[str, str | int]] = [("file", str(matrix.path))]
+    said += [("dataset", matrix.datasets[0])] if matrix.datasets else []
+    said += [("entries_count", len(matrix.importance))]
+    said += [("chunks_count", matrix.n_chunks)] if matrix.n_chunks > 0 else []
+    array = (llama_cpp.llama_model_kv_override * (len(said) + 1))()
+    for entry, (key, value) in zip(array, said, strict=False):
+        entry.key = f"quantize.imatrix.{key}".encode()
+        if isinstance(value, str):
+            entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()[:127]
+        else:
+            entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return array
 
 
 def contents(path: Path) -> tuple[dict[str, tuple[str, bytes]], dict[str, object]]:
@@ -183,14 +244,20 @@ def same_files(ours: Path, theirs: Path) -> None:
     raise AssertionError(f"{ours} and {theirs} differ in their order or padding")
 
 
-def compare(model: Model, quant: str, directory: Path, overrides: Overrides = NO_OVERRIDES) -> dict[str, T]:
+def compare(
+    model: Model,
+    quant: str,
+    directory: Path,
+    overrides: Overrides = NO_OVERRIDES,
+    matrix: ImportanceMatrix | None = None,
+) -> dict[str, T]:
     """Quantize by both, and compare. Returns the types."""
     tensors = model.tensors()
     base, theirs, ours = (directory / name for name in ("base.gguf", "theirs.gguf", "ours.gguf"))
     write(model.plan("F32", tensors), base, threads=1, overwrite=True)
     named = (overrides.tensor_types, overrides.output_type, overrides.embedding_type)
-    assert llama_quantize(base, theirs, quant, *named)
-    plan = model.plan(quant, tensors, overrides)
+    assert llama_quantize(base, theirs, quant, *named, matrix=matrix)
+    plan = model.plan(quant, tensors, overrides, matrix)
     write(plan, ours, threads=2, overwrite=True)
     same_files(ours, theirs)
     return {t.name: t.type for t in plan.tensors}

@@ -136,8 +136,6 @@ def test_malformed_entries(entry: str) -> None:
 def test_unknown_types() -> None:
     with pytest.raises(UsageError, match=r"unknown tensor type 'Q4_K_M': use one of F32, .*IQ3_S.*BF16"):
         of("attn_v=Q4_K_M")
-    with pytest.raises(UsageError, match="tensor type IQ2_XXS needs an importance matrix"):
-        of(output="iq2_xxs")
     with pytest.raises(UsageError, match="unknown tensor type 'a=Q8_0'"):
         of("(?!x)y=a=Q8_0")  # the first equals sign ends the pattern, as in llama-quantize
     assert of("a=Q8_0", "a=Q4_0").tensor_types == {"a": "Q8_0"}  # the first decides

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as T
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from llama_quantize import Model, compare, quiet, tensor
+from llama_quantize import UNGUIDED, Model, compare, quiet, tensor
 
 from local_llava import ggml, ggml_rows
 from local_llava.convert import mixes, quantize, tensor_types
@@ -52,11 +52,11 @@ MODELS = {
 }
 
 
-QUANTIZED = [name for name, mix in LLM_MIXES.items() if mix.base not in mixes.FLOATS]
+QUANTIZED = [name for name in UNGUIDED if LLM_MIXES[name].base not in mixes.FLOATS]
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("quant", LLM_MIXES)
+@pytest.mark.parametrize("quant", UNGUIDED)
 def test_whole_files_equal_those_of_llama_cpp(name: str, quant: str, tmp_path: Path) -> None:
     """Types, bytes, offsets and padding."""
     compare(MODELS[name], quant, tmp_path)
@@ -204,9 +204,10 @@ def test_types_that_need_an_importance_matrix_say_so(name: str) -> None:
     with pytest.raises(UsageError) as raised:
         mixes.get_mix(name, LLM_MIXES)
     assert str(raised.value) == (
-        f"quantization type {name.upper()} needs an importance matrix, which local-llava cannot make: "
-        f"use one of {LLM_NAMES}"
+        f"quantization type {name.upper()} needs an importance matrix (local-llava imatrix makes one, which convert "
+        f"and quantize take with --imatrix); without one, use one of {LLM_NAMES}"
     )
+    assert mixes.get_mix(name, LLM_MIXES, guided=True).name == name.upper()
 
 
 ALL_TYPES = [T[name] for name in ggml_rows.QUANTIZABLE.values()]
@@ -293,11 +294,13 @@ def test_refused_exactly_when_ggml_finds_the_result_invalid(type: T, exponent: f
 
 def test_every_type_that_a_mix_can_give_has_its_check() -> None:
     bases = {mix.base for mix in (*LLM_MIXES.values(), *MMPROJ_MIXES.values())}
-    ruled = {type for mix in LLM_MIXES.values() for rules in mix.rules.values() for _, type in rules}
-    reachable = bases | ruled | {T.Q6_K, T.Q8_0} | set(tensor_types._ATTN_V_OF_70B.values())
+    tables = [rules for mix in LLM_MIXES.values() for rules in (*mix.rules.values(), *mix.guided_rules.values())]
+    ruled = {type for rules in tables for _, type in rules} | {mix.head for mix in LLM_MIXES.values()}
+    reachable = bases | ruled | {T.Q8_0} | set(tensor_types._ATTN_V_OF_70B.values())
     reachable |= {tensor_types._FALLBACK.get(type, type) for type in reachable}
-    assert reachable <= set(ALL_TYPES)
-    assert set(ALL_TYPES) - set(mixes.FLOATS) == set(quantize._SCALES)
+    all_types = {*ALL_TYPES, *(T[name] for name in ggml_rows.GUIDED.values())}
+    assert reachable <= all_types
+    assert all_types - set(mixes.FLOATS) == set(quantize._SCALES)
 
 
 def test_bytes_that_are_there_are_not_made_anew() -> None:

@@ -18,12 +18,12 @@ from gguf import GGUFValueType as V
 from gguf_bytes import Tensor, gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llama_quantize import Model, contents, llama_quantize, quiet, same_files, tensor
+from llama_quantize import UNGUIDED, Model, contents, llama_quantize, quiet, same_files, tensor
 from mmproj_files import Reference, relative_error, write_gguf
 
 from local_llava import ggml_rows
 from local_llava.convert import Overrides, prepare_gguf, quantize_gguf
-from local_llava.convert.mixes import LLM_MIXES, MMPROJ_MIXES
+from local_llava.convert.mixes import MMPROJ_MIXES
 from local_llava.convert.plan import Field, GGUFPlan
 from local_llava.convert.write import write
 from local_llava.errors import LocalLlavaError, ModelFileError, OutputError, UsageError
@@ -67,7 +67,7 @@ def equal_to_llama_cpp(source: Path, quant: str, directory: Path, overrides: Ove
 
 
 @pytest.mark.parametrize("source", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("quant", LLM_MIXES)
+@pytest.mark.parametrize("quant", UNGUIDED)
 def test_whole_files_equal_those_of_llama_cpp(
     source: str, quant: str, sources: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -75,14 +75,14 @@ def test_whole_files_equal_those_of_llama_cpp(
 
 
 @pytest.mark.parametrize("architecture", ["phi3", "qwen2"])
-@pytest.mark.parametrize("quant", LLM_MIXES)
+@pytest.mark.parametrize("quant", UNGUIDED)
 def test_other_architectures_equal_those_of_llama_cpp(architecture: str, quant: str, tmp_path: Path) -> None:
     model = Model(n_layer=9, n_ff=320, n_head_kv=1, architecture=architecture)
     write(model.plan("F16", model.tensors()), tmp_path / "in.gguf")
     equal_to_llama_cpp(tmp_path / "in.gguf", quant, tmp_path)
 
 
-@pytest.mark.parametrize("source", [name for name in LLM_MIXES if name not in ("F32", "F16", "BF16")])
+@pytest.mark.parametrize("source", [name for name in UNGUIDED if name not in ("F32", "F16", "BF16")])
 @pytest.mark.parametrize("quant", ["F32", "F16", "Q8_0", "Q4_K_M", "IQ3_S"])
 def test_quantized_sources_equal_those_of_llama_cpp(
     source: str, quant: str, sources: Callable[[str], Path], tmp_path: Path

@@ -18,6 +18,7 @@ LLM_TYPES = (
     "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K_L, "
     "Q3_K_M, Q3_K_S, IQ3_M, IQ3_S or Q2_K"
 )
+GUIDED_TYPES = "IQ3_XS, IQ3_XXS, Q2_K_S, IQ2_M, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_M or IQ1_S"
 MMPROJ_TYPES = "F32, F16, BF16, Q8_0, Q6_K, Q5_K or Q4_K"
 
 TensorTypes = Annotated[
@@ -32,6 +33,16 @@ TensorTypes = Annotated[
 OutputType = Annotated[str | None, typer.Option("--output-type", metavar="TYPE", help="Type of the output matrix.")]
 EmbeddingType = Annotated[
     str | None, typer.Option("--embedding-type", metavar="TYPE", help="Type of the token embeddings.")
+]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix",
+        metavar="FILE",
+        help="Importance matrix of the language model, from `local-llava imatrix` or llama-imatrix. Makes types of few "
+        f"bits better, and {GUIDED_TYPES} possible.",
+        show_default=False,
+    ),
 ]
 VisionTower = Annotated[
     str | None,
@@ -70,6 +81,7 @@ def convert(
     tensor_type: TensorTypes = None,
     output_type: OutputType = None,
     embedding_type: EmbeddingType = None,
+    imatrix: Imatrix = None,
     vision_tower: VisionTower = None,
     llm: BaseLLM = None,
     dry_run: DryRun = False,
@@ -88,6 +100,7 @@ def convert(
         quant=quant,
         mmproj_quant=mmproj_quant,
         overrides=Overrides.parse(tensor_type or (), output_type, embedding_type),
+        imatrix=imatrix,
         companions=Companions(vision_tower, llm),
         overwrite=force,
     )
@@ -112,6 +125,7 @@ def quantize(
     tensor_type: TensorTypes = None,
     output_type: OutputType = None,
     embedding_type: EmbeddingType = None,
+    imatrix: Imatrix = None,
     allow_requantize: Annotated[
         bool,
         typer.Option("--allow-requantize", help="Take a file that is quantized already: worse than from the original."),
@@ -126,7 +140,13 @@ def quantize(
     _check_threads(threads)
     overrides = Overrides.parse(tensor_type or (), output_type, embedding_type)
     prepared = prepare_gguf(
-        source, target, quant, overrides=overrides, allow_requantize=allow_requantize, overwrite=force
+        source,
+        target,
+        quant,
+        overrides=overrides,
+        imatrix=imatrix,
+        allow_requantize=allow_requantize,
+        overwrite=force,
     )
     if dry_run:
         _show(target, prepared.plan)

@@ -23,6 +23,7 @@ from local_llava.gguf_file import GGUFFile
 from local_llava.llm.context import Context, InterruptedDecodeError
 from local_llava.llm.embedding import TokenEmbeddings
 from local_llava.llm.native import KV_TYPES, Settings, load_model, new_context, start
+from local_llava.llm.observing import Observation, Observer
 from local_llava.llm.rows import Rows
 from local_llava.llm.sampler import Sampler
 from local_llava.llm_file import LLMConfig, check_llm
@@ -31,7 +32,7 @@ from local_llava.schema.constraint import Vocabulary
 from local_llava.sentencepiece import SentencePiece, TextRun
 from local_llava.types import KVType, Options
 
-__all__ = ["LLM", "N_BATCH", "Context", "InterruptedDecodeError", "Rows"]
+__all__ = ["LLM", "N_BATCH", "Context", "InterruptedDecodeError", "Observer", "Rows"]
 
 log = logging.getLogger("local_llava")
 
@@ -51,11 +52,18 @@ class LLM(Context):
     """
 
     def __init__(
-        self, gguf: GGUFFile, config: LLMConfig, model: int, context: int, settings: Settings, stack: ExitStack
+        self,
+        gguf: GGUFFile,
+        config: LLMConfig,
+        model: int,
+        context: int,
+        settings: Settings,
+        stack: ExitStack,
+        observation: Observation | None = None,
     ) -> None:
         """Use `load`."""
         self.token_embeddings = TokenEmbeddings(config.path, gguf.tensors["token_embd.weight"])
-        super().__init__(context, settings, config.n_vocab, self.token_embeddings)
+        super().__init__(context, settings, config.n_vocab, self.token_embeddings, observation)
         self.gguf, self.config, self.specials = gguf, config, special_tokens(gguf)
         self._model, self._settings, self._stack = model, settings, stack
         self._vocab = c.llama_model_get_vocab(model)
@@ -75,6 +83,7 @@ class LLM(Context):
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         flash_attention: bool | None = None,
+        observer: Observer | None = None,
     ) -> LLM:
         """Load a language model.
 
@@ -88,6 +97,7 @@ class LLM(Context):
             n_threads: CPU threads; None for one a physical core.
             n_gpu_layers: Layers to put on the GPU, if there is one; -1 for all.
             flash_attention: Whether to; None as llama.cpp chooses, but without it where the KV cache is F32.
+            observer: Looks at what the matrices are multiplied with; slower.
 
         Raises:
             ModelFileError: The file cannot be used; the message names the field or tensor.
@@ -109,9 +119,10 @@ class LLM(Context):
         with ExitStack() as stack:
             model = load_model(config, n_gpu_layers)
             stack.callback(c.llama_model_free, model)
-            context = new_context(config, model, settings)
+            observation = None if observer is None else Observation(observer)
+            context = new_context(config, model, settings, observation)
             stack.callback(c.llama_free, context)
-            return cls(gguf, config, model, context, settings, stack.pop_all())
+            return cls(gguf, config, model, context, settings, stack.pop_all(), observation)
 
     def close(self) -> None:
         """Free the memory; the model cannot be used after."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from local_llava.errors import EngineError
 from local_llava.llm.batch import Batch
 from local_llava.llm.native import Settings, first_error, forget_error, note_stop
+from local_llava.llm.observing import Observation
 from local_llava.llm.rows import Rows, faster_size
 
 _NO_CALLBACK = c.ggml_abort_callback()
@@ -52,7 +53,12 @@ class Context:
     """
 
     def __init__(
-        self, handle: int, settings: Settings, n_vocab: int, look_up: Callable[[Sequence[int]], NDArray[np.float32]]
+        self,
+        handle: int,
+        settings: Settings,
+        n_vocab: int,
+        look_up: Callable[[Sequence[int]], NDArray[np.float32]],
+        observation: Observation | None = None,
     ) -> None:
         """
         Args:
@@ -60,7 +66,9 @@ class Context:
             settings: What it was made with.
             n_vocab: Logits of a row.
             look_up: Gives the embeddings of tokens: float32 [n, n_embd].
+            observation: What it was made with, if somebody looks at what is computed.
         """
+        self._observation = observation
         self.handle, self._n_vocab, self._look_up = handle, n_vocab, look_up
         self._memory = c.llama_get_memory(handle)
         self.n_cells, self.n_seq_max, self.n_batch = settings.n_cells, settings.n_seq_max, settings.n_batch
@@ -166,6 +174,8 @@ class Context:
             c.llama_set_abort_callback(self.handle, self._abort_callback if stop else _NO_CALLBACK, None)
         self._stop.asked = stop
         status = c.llama_decode(self.handle, batch)
+        if self._observation is not None:
+            self._observation.check()
         if status == _ABORTED:
             raise InterruptedDecodeError
         if status != 0:

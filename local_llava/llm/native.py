@@ -11,6 +11,7 @@ import llama_cpp.llama_cpp as c
 
 from local_llava import ggml
 from local_llava.errors import EngineError
+from local_llava.llm.observing import Observation
 from local_llava.llm_file import LLMConfig
 from local_llava.types import KVType
 
@@ -128,7 +129,7 @@ def _fits(key: str, value: Any) -> bool:
     return len(key.encode()) < 128 and short and isinstance(value, (str, bool, int, float))
 
 
-def new_context(config: LLMConfig, model: int, settings: Settings) -> int:
+def new_context(config: LLMConfig, model: int, settings: Settings, observation: Observation | None = None) -> int:
     """The context's handle. Raises EngineError."""
     params = c.llama_context_default_params()
     params.n_ctx = settings.n_cells
@@ -145,6 +146,8 @@ def new_context(config: LLMConfig, model: int, settings: Settings) -> int:
         on, off = c.LLAMA_FLASH_ATTN_TYPE_ENABLED, c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.flash_attn_type = on if settings.flash_attention else off
     params.no_perf = True
+    if observation is not None:
+        params.cb_eval = observation.callback
     forget_error()
     context = c.llama_init_from_model(model, params)
     if not context:
