@@ -62,7 +62,8 @@ class Aside:
         n_past = run.sequence.n_past
         n_others = self._llm.n_cells - self._sequences.n_unused - n_past
         enough = run.total - n_past >= MIN_ROWS and n_others >= MIN_OTHERS
-        return enough and run.total <= self._n_cells and not run.offset
+        # Logits of many rows are only given at home.
+        return enough and run.total <= self._n_cells and not run.offset and not run.request.given
 
     def begin(self, run: Run) -> bool:
         """Take a prompt, and what there is of it already. Returns whether it can be read here."""

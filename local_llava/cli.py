@@ -14,7 +14,22 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from local_llava.commands import ask, cache, chat, console, convert, doctor, inspect, models, pull, repair, serve, tune
+from local_llava.commands import (
+    ask,
+    cache,
+    chat,
+    compare,
+    console,
+    convert,
+    doctor,
+    imatrix,
+    inspect,
+    models,
+    pull,
+    repair,
+    serve,
+    tune,
+)
 from local_llava.errors import LocalLlavaError, UsageError
 
 app = typer.Typer(
@@ -99,6 +114,7 @@ app.command()(serve.serve)
 app.command()(convert.convert)
 app.command()(convert.quantize)
 app.command()(inspect.inspect)
+app.command()(imatrix.imatrix)
 app.command()(repair.repair)
 app.command()(repair.export_ollama)
 app.command()(models.models)
@@ -108,6 +124,7 @@ app.command()(models.rm)
 app.add_typer(cache.app, name="cache")
 app.command()(doctor.doctor)
 app.command()(tune.tune)
+app.command()(compare.compare)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ class Encoder:
                 new[picture.digest] = picture
             else:
                 found[picture.digest] = known
-        self._remember(found)
+        self.remember(found)
         return Encoding(self, found, list(new.values()))
 
-    def _remember(self, embeddings: Embeddings) -> None:
+    def remember(self, embeddings: Embeddings) -> None:
+        """Keep embeddings in memory, in the place of those that were not used for longest."""
         for digest, values in embeddings.items():
             self._known[digest] = values
             self._known.move_to_end(digest)
@@ -91,4 +92,4 @@ class Encoding:
             computed[picture.digest] = store.keep_embeddings(picture.digest, values)
         self._graph = None
         self.embeddings.update(computed)
-        self._encoder._remember(computed)
+        self._encoder.remember(computed)

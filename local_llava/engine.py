@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, closing
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -23,27 +24,22 @@ from numpy.typing import NDArray
 
 from local_llava import hub, prompt
 from local_llava.chat import ChatFormat, Slot
-from local_llava.conversation import Conversation, Images, as_list, as_messages, without_oldest
+from local_llava.conversation import Conversation, Images, as_list, as_messages
 from local_llava.embeddings import Embeddings
-from local_llava.errors import EngineError, ModelFileError, PromptError, UsageError
+from local_llava.errors import EngineError, PromptError, UsageError
+from local_llava.fitting import fit
 from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mode
-from local_llava.llm import LLM
 from local_llava.loading import Loaded, load
-from local_llava.pictures import anyres
-from local_llava.preprocessing import Preprocessing
-from local_llava.request import Picture, Request, as_units, n_tokens
+from local_llava.request import Picture, Request, n_tokens, units_of
 from local_llava.scheduler import Scheduler
 from local_llava.schema.compiler import compile_schema
 from local_llava.schema.constraint import Constraint, Vocabulary
-from local_llava.types import Chunk, Message, ModelFiles, Options, Reply
+from local_llava.types import Chunk, Message, Options, Reply
 from local_llava.worker import CLOSED, Ticket, Worker
 
 log = logging.getLogger("local_llava")
 
 OnPrefill = Callable[[int, int], None]
-
-_ANSWER_ROOM = 256
-"""Tokens that are left for an answer, or as many as it may have, where turns are dropped to make room."""
 
 
 class Llava:
@@ -64,7 +60,7 @@ class Llava:
         """Use `load`. `stack` frees both models."""
         self.files, self.options, self.placement = loaded.files, loaded.options, loaded.placement
         self.n_ctx, self.parallel = loaded.placement.n_ctx, loaded.placement.parallel
-        self._llm, self._tower = loaded.llm, loaded.tower
+        self._llm, self._tower, self._encoder = loaded.llm, loaded.tower, loaded.encoder
         self._format, self._scheduler = chat_format, scheduler
         self._vocabulary: Vocabulary | None = None
         # Of what callers' threads do with the language model's vocabulary: it must not be freed meanwhile.
@@ -105,7 +101,7 @@ class Llava:
         files = hub.resolve(model, mmproj)
         with ExitStack() as stack:
             loaded = load(files, settings, options, stack)
-            chat_format = _chat_format(files, loaded.llm)
+            chat_format = loaded.chat_format()
             placed = loaded.placement
             scheduler = Scheduler(
                 loaded.llm,
@@ -240,12 +236,55 @@ class Llava:
     def logits(self, question: str, images: Images = (), *, system: str | None = None) -> NDArray[np.float32]:
         """Logits of the answer's first token: float32 [n_vocab]."""
         options = {} if system is None else {"system": system}
-        request = self._request(question, images, options, only_logits=True)
-        with closing(self._worker.iterate(self._order(request))) as results:
-            for item in results:
-                if isinstance(item, np.ndarray):
-                    return item
-        raise EngineError("the model gave no logits")
+        first: NDArray[np.float32] = self._logits(replace(self._request(question, images, options), given=()))[0]
+        return first
+
+    def answer_logits(
+        self, prompt: Sequence[int | None], answer: Sequence[int], images: Images = ()
+    ) -> NDArray[np.float32]:
+        """Logits along an answer that is given, whatever the model would say: float32 [len(answer) + 1, n_vocab].
+
+        The first ones follow the prompt, the others each token of the answer. It is evaluated many tokens at a time.
+
+        Args:
+            prompt: As `prompt_tokens` gives it, of this model or of another one with the same vocabulary.
+            answer: Token ids.
+            images: The pictures that the prompt has places for.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            PromptError: Prompt and answer do not fit the context, or the prompt is empty.
+            UsageError: A token is not in the vocabulary, or the pictures do not fit the prompt's places.
+            EngineError: llama.cpp or ggml failed.
+        """
+        started = time.perf_counter()
+        pictures = self._pictures(as_list(images), self.options)
+        n_vocab, total = self._llm.config.n_vocab, len(prompt) + len(answer)
+        units, given = units_of(prompt, pictures, n_vocab), units_of(answer, (), n_vocab)
+        if not units or total > self.n_ctx:
+            raise PromptError(f"prompt and answer have {total} tokens; the context holds 1 to {self.n_ctx} (--n-ctx)")
+        now = time.perf_counter()
+        return self._logits(Request(units, pictures, self.options, None, now - started, now, given=given))
+
+    def use_embeddings(self, images: Images, embeddings: Sequence[NDArray[np.float32]]) -> None:
+        """Take embeddings for what the tower sees of pictures: the next questions about them do without it.
+
+        Args:
+            images: As of `ask`.
+            embeddings: For each of them float32 [n_tokens, n_embd], as `embed_images` gives them, be it of another
+                tower. They stay as long as the tower's own: the latest ones, 128 MiB.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            UsageError: The embeddings are of another number or shape.
+        """
+        pictures = self._pictures(as_list(images), self.options)
+        wanted = [(picture.arrangement.n_tokens, self._tower.n_embd) for picture in pictures]
+        known = [np.ascontiguousarray(values, np.float32) for values in embeddings]
+        if [values.shape for values in known] != wanted:
+            raise UsageError(f"embeddings must be of shapes {wanted}, not {[values.shape for values in known]}")
+        digests = [picture.digest for picture in pictures]
+        self._worker.call(lambda: self._encoder.remember(dict(zip(digests, known, strict=True))))
 
     def prompt_tokens(self, question: str, images: Images | int = (), *, system: str | None = None) -> list[int | None]:
         """The prompt of a question as token ids, None for each token of a picture.
@@ -272,7 +311,10 @@ class Llava:
         parts = self._build(messages)
         tokens: list[int | None] = []
         for part in parts:
-            tokens += [None] * self._arrangement(sizes[part.image], how).n_tokens if isinstance(part, Slot) else part
+            if isinstance(part, Slot):
+                tokens += [None] * self._tower.arrangement(sizes[part.image], how).n_tokens
+            else:
+                tokens += part
         return tokens
 
     def _request(
@@ -280,7 +322,6 @@ class Llava:
         conversation: Conversation,
         images: Images,
         options: Mapping[str, Any],
-        only_logits: bool = False,
         raw: bool = False,
     ) -> Request:
         """All of an answer that needs no computing: what is wrong with the arguments or the pictures is raised here."""
@@ -291,26 +332,20 @@ class Llava:
         started = time.perf_counter()
         pictures = self._pictures([image for message in messages for image in message.images], settings)
         prepared_s = time.perf_counter() - started
-        room = min(settings.max_tokens, _ANSWER_ROOM, self.n_ctx // 4)
-        n_all = len(messages)
-        while True:
-            units = as_units(self._build(messages, raw), pictures)
-            total = n_tokens(units)
-            if total + (room if len(messages) < n_all else 0) < self.n_ctx:
-                break
-            shorter = without_oldest(messages) if settings.overflow == "drop_oldest" else None
-            if shorter is None and total < self.n_ctx:
-                break
-            if shorter is None:
-                raise PromptError(self._too_long(total, messages, pictures, settings))
-            pictures = pictures[sum(len(m.images) for m in messages) - sum(len(m.images) for m in shorter) :]
-            messages = shorter
+        fitted = fit(messages, pictures, settings, self.n_ctx, lambda some: self._build(some, raw))
         constraint = None if schema is None else self._constraint(schema)
         if constraint is not None:
-            constraint.require(min(settings.max_tokens, self.n_ctx - total))
-        return Request(
-            units, pictures, settings, constraint, prepared_s, time.perf_counter(), n_all - len(messages), only_logits
-        )
+            constraint.require(min(settings.max_tokens, self.n_ctx - n_tokens(fitted.units)))
+        now = time.perf_counter()
+        return Request(fitted.units, fitted.pictures, settings, constraint, prepared_s, now, fitted.dropped)
+
+    def _logits(self, request: Request) -> NDArray[np.float32]:
+        """Those of a request that has an answer given: float32 [n, n_vocab]."""
+        with closing(self._worker.iterate(self._order(request))) as results:
+            parts = [item for item in results if isinstance(item, np.ndarray)]
+        if not parts:
+            raise EngineError("the model was closed before the logits were complete")
+        return np.concatenate(parts)
 
     def _order(self, request: Request) -> Callable[[Ticket[Any]], None]:
         scheduler = self._scheduler
@@ -333,20 +368,6 @@ class Llava:
                 raise UsageError(CLOSED)
             yield
 
-    def _too_long(self, total: int, messages: Sequence[Message], pictures: Sequence[Picture], options: Options) -> str:
-        n_image = sum(picture.arrangement.n_tokens for picture in pictures)
-        of_pictures = f", {n_image} of them for pictures" if n_image else ""
-        turns = sum(message.role == "user" for message in messages)
-        advice = ["shorten " + (f"the conversation of {turns} turns" if turns > 1 else "the question")]
-        if turns > 1 and options.overflow == "error":
-            advice.append('drop its oldest turns (overflow="drop_oldest", --overflow drop_oldest)')
-        if len(pictures) > 1:
-            advice.append(f"show fewer than {len(pictures)} pictures")
-        if any(len(picture.pixels) > 1 for picture in pictures):
-            advice.append("show pictures with less detail (--preprocess pad)")
-        advice.append("raise n_ctx (--n-ctx)")
-        return f"the prompt has {total} tokens{of_pictures}, the context {self.n_ctx}: {', or '.join(advice)}"
-
     def _pictures(self, images: Sequence[ImageLike], options: Options) -> tuple[Picture, ...]:
         if len(images) > 1 and not self._warned:
             self._warned = True
@@ -355,13 +376,8 @@ class Llava:
         pictures = []
         for source in images:
             image = load_image(source)
-            pictures.append(Picture.of(preprocess_tiles(image, how), self._arrangement(image.size, how)))
+            pictures.append(Picture.of(preprocess_tiles(image, how), self._tower.arrangement(image.size, how)))
         return tuple(pictures)
-
-    def _arrangement(self, size: tuple[int, int], how: Preprocessing) -> anyres.Arrangement:
-        """Of a picture of that width and height."""
-        tower = self._tower
-        return anyres.arrangement(size[1], size[0], how, tower.n_tokens, tower.newline is not None)
 
     def _chunks(self, request: Request, on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
         with closing(self._worker.iterate(self._order(request))) as results:
@@ -391,10 +407,3 @@ def _complete(reply: Reply | None) -> Reply:
     if reply is None:
         raise EngineError("the model was closed before the answer was complete")
     return reply
-
-
-def _chat_format(files: ModelFiles, llm: LLM) -> ChatFormat:
-    vocab = llm.config.vocab
-    if vocab.chat_template is None:
-        raise ModelFileError(f"{files.model}: tokenizer.chat_template is missing; it says how a question is put")
-    return ChatFormat(vocab.chat_template, llm.specials, vocab.bos, vocab.eos, vocab.add_bos)

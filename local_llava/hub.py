@@ -57,6 +57,7 @@ def resolve(
     mmproj: str | os.PathLike[str] | None = None,
     on_convert: OnConvert | None = None,
     on_wait: Callable[[], None] | None = None,
+    other_mmproj: Path | None = None,
 ) -> ModelFiles:
     """Find the pair that a user means, and make it if need be.
 
@@ -68,6 +69,7 @@ def resolve(
         on_convert: Called with the checkpoint and the bytes to be written when one has to be converted first; gives
             what to call with the bytes written.
         on_wait: Called when another process is converting the same checkpoint, before waiting for it; None to log it.
+        other_mmproj: Taken for a language model's GGUF that has no mmproj beside it.
 
     Raises:
         ModelFileError: Nothing usable is there, or more than one pair.
@@ -75,12 +77,14 @@ def resolve(
         UsageError: An mmproj was named without its model, or a type that there is not.
         OutputError: A conversion cannot be kept.
     """
-    found = locate(model, mmproj)
+    found = locate(model, mmproj, other_mmproj)
     return found if isinstance(found, ModelFiles) else make(found, on_convert, on_wait)
 
 
 def locate(
-    model: str | os.PathLike[str] | None, mmproj: str | os.PathLike[str] | None = None
+    model: str | os.PathLike[str] | None,
+    mmproj: str | os.PathLike[str] | None = None,
+    other_mmproj: Path | None = None,
 ) -> ModelFiles | Checkpoint:
     """As `resolve`, but makes nothing: gives the checkpoint that has to be converted first."""
     if model is None:
@@ -96,9 +100,9 @@ def locate(
             if mmproj is not None:
                 raise UsageError(f"{path} is a checkpoint, which brings its own tower: name no mmproj")
             return Checkpoint(path)
-        return _pair_in(path, own)
+        return _pair_in(path, own, other_mmproj)
     if kind == "file":
-        return ModelFiles(path, own or _mmproj_beside(path))
+        return ModelFiles(path, own or _mmproj_beside(path, other_mmproj))
     if not _NAME.fullmatch(str(model)) or path.suffix == ".gguf":
         raise ModelFileError(f"{path}: no such file or directory; a GGUF, or a directory with a pair or a checkpoint")
     found = locate_name(str(model))
@@ -349,22 +353,25 @@ def _by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
     return models, [path for path, kind in kinds.items() if kind == "clip"]
 
 
-def _pair_in(directory: Path, mmproj: Path | None) -> ModelFiles:
+def _pair_in(directory: Path, mmproj: Path | None, other_mmproj: Path | None) -> ModelFiles:
     models, projectors = _by_kind(directory)
     if not models and not projectors:
         raise ModelFileError(f"{directory}: neither GGUF files nor a checkpoint (config.json) are there")
     if len(models) != 1:
         names = ", ".join(p.name for p in models) or "none"
         raise ModelFileError(f"{directory}: one language model is needed; there are {names}: name the file you mean")
-    return ModelFiles(models[0], mmproj or _only(projectors, models[0]))
+    return ModelFiles(models[0], mmproj or _only(projectors, models[0], other_mmproj))
 
 
-def _mmproj_beside(model: Path) -> Path:
-    return _only([p for p in sorted(model.parent.glob("*.gguf")) if p != model and _kind(p) == "clip"], model)
+def _mmproj_beside(model: Path, other: Path | None) -> Path:
+    projectors = [p for p in sorted(model.parent.glob("*.gguf")) if p != model and _kind(p) == "clip"]
+    return _only(projectors, model, other)
 
 
-def _only(projectors: list[Path], model: Path) -> Path:
+def _only(projectors: list[Path], model: Path, other: Path | None = None) -> Path:
     """The mmproj of a model among those in its directory: the only one, or the only one made together with it."""
+    if not projectors and other is not None:
+        return other
     if len(projectors) > 1:
         own = GGUFFile.open(model).metadata.get(PAIR_KEY)
         same = [p for p in projectors if own is not None and GGUFFile.open(p).metadata.get(PAIR_KEY) == own]

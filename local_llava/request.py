@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from local_llava.chat import Slot
+from local_llava.errors import UsageError
 from local_llava.pictures.anyres import Arrangement
 from local_llava.prompt import Prompt
 from local_llava.schema.constraint import Constraint
@@ -77,8 +78,9 @@ class Request:
     """When it was ready to be handed over, by `time.perf_counter`."""
     dropped: int = 0
     """Messages that were left out."""
-    only_logits: bool = False
-    """Whether the logits after the prompt are wanted, and no answer."""
+    given: Sequence[Unit] | None = None
+    """Tokens of an answer that is known: the logits after the prompt, and after each of these, are wanted, and no other
+    answer. None where one is to be given."""
 
     @property
     def image_tokens(self) -> int:
@@ -92,6 +94,38 @@ class Progress:
 
     done: int
     total: int
+
+
+def units_of(tokens: Sequence[int | None], pictures: Sequence[Picture], n_vocab: int) -> list[Unit]:
+    """A prompt that is given as tokens, piece by piece.
+
+    Args:
+        tokens: None for each token of a picture.
+        pictures: Those that it shows, in order.
+        n_vocab: Tokens that there are.
+
+    Raises:
+        UsageError: The places are not those of the pictures, or a token is none.
+    """
+    n_places, n_needed = sum(token is None for token in tokens), sum(p.arrangement.n_tokens for p in pictures)
+    if n_places != n_needed:
+        raise UsageError(f"the prompt has {n_places} places for tokens of pictures, and the pictures take {n_needed}")
+    units: list[Unit] = []
+    left, i = list(pictures), 0
+    while i < len(tokens):
+        token = tokens[i]
+        if token is not None:
+            if not 0 <= token < n_vocab:
+                raise UsageError(f"a token must be 0 to {n_vocab - 1}, not {token}")
+            units.append(token)
+            i += 1
+            continue
+        shown = left.pop(0).shown
+        if any(place is not None for place in tokens[i : i + shown.n_tokens]):
+            raise UsageError(f"a picture takes {shown.n_tokens} tokens, for which the prompt has no place side by side")
+        units.append(shown)
+        i += shown.n_tokens
+    return units
 
 
 def as_units(prompt: Prompt, pictures: Sequence[Picture]) -> list[Unit]:

@@ -7,14 +7,14 @@ Knows what goes into a batch for it and what comes out. Which answers share a ba
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from local_llava.answer import Answer
 from local_llava.embeddings import Embeddings, Encoding
 from local_llava.llm import LLM, Context, Rows
 from local_llava.request import Request, Shown, Unit, n_tokens
 from local_llava.sequences import Sequence
-from local_llava.speculation import Guesser, Guesses
+from local_llava.speculation import MAX_GUESSED, Guesser, Guesses
 from local_llava.types import Timings
 from local_llava.worker import Ticket
 
@@ -25,9 +25,10 @@ class Run:
     Attributes:
         request: What is asked.
         ticket: Where the answer goes.
-        units: The prompt.
+        units: The prompt, with the answer that is given.
         total: Its tokens.
         limit: Most tokens of the answer.
+        n_after: Tokens that may come after the prompt.
         sequence: The one it is given with, from when it is begun.
         reading: Whether the prompt is still being read.
         offset: Tokens that are evaluated of a picture that is not evaluated whole.
@@ -37,6 +38,7 @@ class Run:
         n_planned: Rows that the batch under way has of it.
         planned_at: The last batch that had tokens of its answer.
         row: The batch's row whose logits the next token is taken from.
+        output_rows: Those of the batch that have logits, while a prompt is read.
         restored: Tokens that came from disk.
     """
 
@@ -45,12 +47,15 @@ class Run:
 
     def __init__(self, request: Request, ticket: Ticket[Any], n_ctx: int, load_s: float) -> None:
         self.request, self.ticket = request, ticket
-        self.units: list[Unit] = list(request.units)
+        self.units: list[Unit] = [*request.units, *(request.given or ())]
         self.total = n_tokens(self.units)
         # The last token of an answer need not be evaluated.
-        self.limit = min(request.options.max_tokens, n_ctx - self.total + 1)
+        self.limit = min(request.options.max_tokens, n_ctx - self.total + 1) if request.given is None else 1
+        self.n_after = self.limit - 1 + len(request.given or ())
         self.reading = True
-        self.offset = self.n_planned = self.planned_at = self.row = self.n_encoded = self.restored = 0
+        self.offset = self.n_planned = self.planned_at = self.n_encoded = self.restored = 0
+        self.row = 0
+        self.output_rows: list[int] = []
         self.embeddings: Embeddings | None = None
         self.encoding: Encoding | None = None
         self._next: list[int] = []
@@ -84,24 +89,30 @@ class Run:
         self.embeddings = self.encoding = None
 
     def plan_prompt(self, rows: Rows, most: int) -> None:
-        """Put the next part of the prompt into a batch."""
-        position = self.sequence.n_past
+        """Put the next part of the prompt into a batch, with an answer that is given."""
+        position, last = self.sequence.n_past, len(self.request.units) - 1
         i, offset, n = len(self.sequence.units), self.offset, 0
-        while n < most and i < len(self.units):
-            unit = self.units[i]
+        # From the prompt's last piece on, all have logits: as many as there is room for besides one of each answer.
+        stop = min(len(self.units), max(i, last) + max(1, 1 + MAX_GUESSED - sum(rows.outputs)))
+        n_before = len(rows)
+        while n < most and i < stop:
+            unit, wanted = self.units[i], i >= last
             if isinstance(unit, Shown):
                 assert self.embeddings is not None
                 part: Any = self.embeddings[unit.digest][offset : offset + most - n]
                 whole = offset + len(part) == unit.n_tokens
                 offset, i = (0, i + 1) if whole else (offset + len(part), i)
+                wanted = wanted and whole
             else:
                 end = i
-                while end < len(self.units) and end - i < most - n and not isinstance(self.units[end], Shown):
+                while end < min(stop if wanted else last, i + most - n) and not isinstance(self.units[end], Shown):
                     end += 1
                 part, i = self.units[i:end], end
-            row = rows.add(self.sequence.id, position + n, part, "last" if i == len(self.units) else "")
+            outputs: Literal["all", "last", ""] = ("last" if isinstance(unit, Shown) else "all") if wanted else ""
+            row = rows.add(self.sequence.id, position + n, part, outputs)
             n += len(part)
             self.row = row + len(part) - 1
+        self.output_rows = [row for row in range(n_before, len(rows)) if rows.outputs[row]]
         self._planned_units, self._planned_offset, self.n_planned = i, offset, n
 
     def plan_tokens(self, rows: Rows) -> None:

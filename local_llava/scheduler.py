@@ -18,7 +18,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as ListOf
 from typing import Any
+
+import numpy as np
 
 from local_llava.aside import Aside
 from local_llava.embeddings import Encoder, Encoding
@@ -86,7 +89,7 @@ class Scheduler:
         self._guesser = Guesser()
 
     def add(self, request: Request, ticket: Ticket[Any]) -> None:
-        """Take a request; Progress and Chunks, or logits, come on its ticket."""
+        """Take a request; Progress and Chunks, or logits float32 [n, n_vocab], come on its ticket."""
         self._waiting.append(Run(request, ticket, self._n_ctx, self._load_s))
 
     def encode(self, pictures: Iterable[Picture], ticket: Ticket[Any]) -> None:
@@ -118,7 +121,8 @@ class Scheduler:
         """Let requests begin while there is room for all that they may come to need: none is stopped half-way."""
         while self._waiting and len(self._running) < self._parallel:
             run = self._waiting[0]
-            sequence = self._sequences.begin(run.units, run.limit - 1)
+            # Of an answer that is given nothing is reused: its logits are wanted.
+            sequence = self._sequences.begin(run.request.units, run.n_after)
             if sequence is None:
                 return
             self._waiting.popleft()
@@ -130,13 +134,13 @@ class Scheduler:
 
     def _restore(self, run: Run) -> None:
         """Begin with what is kept on disk, if that is more than what the KV cache has."""
-        found = self._store.prefix(run.units, len(run.sequence.units))
+        found = self._store.prefix(run.request.units, len(run.sequence.units))
         if found is not None:
             n, state = found
             if self._sequences.restore(run.sequence, run.units[:n], state):
                 run.restored = run.sequence.n_past
             else:
-                self._sequences.rejoin(run.sequence, run.units)
+                self._sequences.rejoin(run.sequence, run.request.units)
 
     def _encode(self) -> None:
         """Go on with the pictures of the oldest request that needs some. Those that need none are let through."""
@@ -182,12 +186,12 @@ class Scheduler:
         if run is self._aside.run:
             return False
         for other in self._running[: self._running.index(run)]:
-            n = _common(other.units, run.units[:-1])
+            n = _common(other.units, run.request.units[:-1])
             if n_tokens(run.units[len(run.sequence.units) : n]) < _WORTH_WAITING:
                 continue
             if len(other.sequence.units) < n or other is self._aside.run:
                 return True
-            if run.offset == 0 and self._sequences.rejoin(run.sequence, run.units):
+            if run.offset == 0 and self._sequences.rejoin(run.sequence, run.request.units):
                 run.forget_encoding()
         return False
 
@@ -320,12 +324,13 @@ class Scheduler:
         if run.reading:
             run.note_read()
             run.ticket.deliver(Progress(run.sequence.n_past, run.total))
+            if run.request.given is not None and run.output_rows:
+                run.ticket.deliver(np.stack([context.logits(row) for row in run.output_rows]))
             if run.reading:
                 return
             if run is self._aside.run:
                 self._aside.finish()
-            if run.request.only_logits:
-                run.ticket.deliver(context.logits(run.row).copy())
+            if run.request.given is not None:
                 self._stop(run, None)
                 return
         if run.take_tokens(context):
@@ -382,7 +387,7 @@ def _all_cancelled(runs: list[Run]) -> Callable[[], bool]:
     return lambda: all(run.ticket.cancelled for run in runs)
 
 
-def _common(a: list[Unit], b: list[Unit]) -> int:
+def _common(a: ListOf[Unit], b: ListOf[Unit]) -> int:
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -19,6 +19,7 @@ from local_llava import devices, ggml
 from local_llava.corrections import open_model
 from local_llava.errors import EngineError
 from local_llava.mmproj import TowerConfig, check_mmproj
+from local_llava.pictures import anyres
 from local_llava.preprocessing import Preprocessing
 from local_llava.store.digest import file_digest
 from local_llava.vision_graph import PATCHES, Graph, Places, new_context, patches
@@ -83,6 +84,10 @@ class VisionTower:
         self._scheduler = g.backend_sched_new(handles, None, len(backends), self._max_nodes, False, False)
         stack.callback(g.backend_sched_free, self._scheduler)
         self._stack = stack
+
+    def arrangement(self, size: tuple[int, int], how: Preprocessing) -> anyres.Arrangement:
+        """That of the embeddings of a picture of a width and height, in pixels."""
+        return anyres.arrangement(size[1], size[0], how, self.n_tokens, self.newline is not None)
 
     @classmethod
     def load(

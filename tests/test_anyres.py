@@ -321,7 +321,7 @@ def test_equal_tiles_of_different_sizes_are_different_pictures(llava: Llava) -> 
     """Black amid black padding: the tiles are equal, but not what is left out of them."""
     low, high = Image.new("RGB", (56, 40)), Image.new("RGB", (56, 50))
     how = llava._tower.preprocessing
-    one, other = (Picture.of(preprocess_tiles(i, how), llava._arrangement(i.size, how)) for i in (low, high))
+    one, other = (Picture.of(preprocess_tiles(i, how), llava._tower.arrangement(i.size, how)) for i in (low, high))
     assert np.array_equal(one.pixels, other.pixels) and one.digest != other.digest
     a, b = llava.embed_images([low, high])
     assert len(a) == one.arrangement.n_tokens != len(b) == other.arrangement.n_tokens

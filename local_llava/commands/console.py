@@ -77,6 +77,45 @@ class ConvertProgress:
             self._bar.stop()
 
 
+class StepProgress:
+    """A bar on a terminal's stderr for steps that are counted; elsewhere a line for each kind of step."""
+
+    def __enter__(self) -> StepProgress:
+        self._bar: Any = None
+        self._task: Any = None
+        self._description = ""
+        return self
+
+    def update(self, description: str, done: int, total: int) -> None:
+        """So many steps of this kind are done."""
+        if _state.quiet:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            if self._bar.console.is_terminal:
+                self._bar.start()
+        if description != self._description:
+            self._description = description
+            if not self._bar.console.is_terminal:
+                note(description)
+            elif self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(description, total=total)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        # Elsewhere it was not started, and would print an empty line.
+        if self._bar is not None and self._bar.console.is_terminal:
+            self._bar.stop()
+
+
 class PrefillProgress:
     """A line on a terminal's stderr that counts prompt tokens, where reading the prompt takes long."""
 

@@ -113,7 +113,8 @@ def _checked(values: dict[str, Any], flags: dict[str, tuple[Any, str, str]]) -> 
     options = {name: values[name] for name in flags}
     if options.get("json_schema") is not None:
         options["json_schema"] = _read_schema(options["json_schema"])
-    options["image_cache_bytes"] = as_bytes(options["image_cache_bytes"], flags["image_cache_bytes"][1])
+    if "image_cache_bytes" in options:
+        options["image_cache_bytes"] = as_bytes(options["image_cache_bytes"], flags["image_cache_bytes"][1])
     with contextlib.suppress(ValueError):  # "auto"; anything else Options refuses
         options["n_gpu_layers"] = int(options["n_gpu_layers"])
     try:
