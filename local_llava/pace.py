@@ -84,7 +84,7 @@ class Pace:
         return efficient if efficient > 0 else room
 
     def side_by_side(self, needs: Sequence[int], room: int, n_together: int) -> int:
-        """Rows for several prompts in a batch in which they have room.
+        """Rows for several prompts, about different pictures, in a batch in which they have room.
 
         Args:
             needs: Rows that each has left.

@@ -258,7 +258,9 @@ class Scheduler:
                 else:
                     room = 0
         needs = [run.total - run.sequence.n_past for run in reading]
-        for run, n in zip(reading, shares(needs, self._pace.side_by_side(needs, room, len(group))), strict=True):
+        if len({tuple(picture.digest for picture in run.request.pictures) for run in reading}) > 1:
+            room = self._pace.side_by_side(needs, room, len(group))
+        for run, n in zip(reading, shares(needs, room), strict=True):
             if n:
                 run.plan_prompt(rows, n)
                 planned.append(run)

@@ -283,14 +283,27 @@ def test_the_more_prompts_wait_the_longer_an_answer_stands_still(
     assert {n for _, n in pieces} >= {2, 3}
 
 
-def test_many_short_questions_go_in_small_batches(tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of several prompts that 64 rows would bring into one tile of attention; one long prompt has whole ones."""
+def test_short_questions_about_several_pictures_go_in_small_batches(
+    tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows would bring them into one tile of attention, which passes over all pictures; a long prompt has tiles."""
     with Llava.load(tiny.model, tiny.mmproj, kv_type="F32", n_threads=1, n_batch=256, parallel=8) as llava:
+        for i in range(8):
+            llava.ask(QUESTION, picture(i), max_tokens=1)
         batches = Batches(llava, monkeypatch)
-        with line(llava) as waiting:
-            asked = [waiting.ask(f"{i}: {QUESTION}", max_tokens=1) for i in range(8)]
-        assert sum(a.reply.timings.prefilled_tokens for a in asked) > 100
-        assert max(batch.total() for batch in batches.rows) == 48
+
+        def largest(pictures: list[int], before: str) -> int:
+            batches.rows.clear()
+            with line(llava) as waiting:
+                asked = [
+                    waiting.ask(f"{i} {QUESTION}", picture(p), max_tokens=1)
+                    for i, p in zip(before, pictures, strict=True)
+                ]
+            assert sum(a.reply.timings.prefilled_tokens for a in asked) == batches.n_rows > 64
+            return max(batch.total() for batch in batches.rows)
+
+        assert largest(list(range(8)), "ABCDEFGH") == 48
+        assert largest([0] * 8, "IJKLMNOP") > 64
         batches.rows.clear()
         llava.ask(LONG, max_tokens=1)
         assert max(batch.total() for batch in batches.rows) == 256
