@@ -186,7 +186,8 @@ class _Legacy:
                 raise ModelFileError(f"{self.path}: entry {name!a} has {n_values} values of {n_calls} calls; damaged")
             values = np.frombuffer(self.take(4 * n_values, f"entry {name!a}"), "<f4").astype(np.float32)
             # llama-imatrix multiplied by it; files of others may have 0 there.
-            means = values / np.float32(n_calls) if n_calls else values
+            with np.errstate(invalid="ignore"):  # damaged files hold signalling NaNs; `_checked` names what is none
+                means = values / np.float32(n_calls) if n_calls else values
             yield name, _checked(self.path, name, means)
 
     def number(self, what: str) -> int:
