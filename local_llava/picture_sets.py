@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from local_llava.errors import ImageError, UsageError
+from local_llava.text_file import read_text
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".heic", ".heif"),
 )
 """Ends of the names that are taken for pictures, in lower case."""
-
-_MAX_BYTES = 64 << 20
-"""Of a file of questions."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,7 @@ def questions_about(directory: Path, file: Path | None, otherwise: Sequence[str]
 
 def _lines(file: Path) -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers."""
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{file}: {_MAX_BYTES >> 20} MB of questions are the most that is read")
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{file}: cannot be read: {reason}; a file with a question a line is wanted") from e
+    text = read_text(file, "a file with a question a line")
     lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UsageError(f"{file}: there are no questions in it; one a line is wanted")

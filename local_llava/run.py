@@ -53,8 +53,7 @@ class Run:
         self.limit = min(request.options.max_tokens, n_ctx - self.total + 1) if request.given is None else 1
         self.n_after = self.limit - 1 + len(request.given or ())
         self.reading = True
-        self.offset = self.n_planned = self.planned_at = self.n_encoded = self.restored = 0
-        self.row = 0
+        self.offset = self.n_planned = self.planned_at = self.row = self.n_encoded = self.restored = 0
         self.output_rows: list[int] = []
         self.embeddings: Embeddings | None = None
         self.encoding: Encoding | None = None

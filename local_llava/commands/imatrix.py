@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from local_llava.commands import console
-from local_llava.commands.options import MmprojOption, ModelOption, takes_options
+from local_llava.commands.options import MmprojOption, ModelOption, named, takes_options
 from local_llava.errors import UsageError
-from local_llava.types import Options
+from local_llava.text_file import read_text
 
 if TYPE_CHECKING:
     from local_llava.imatrix import Progress
@@ -22,9 +22,6 @@ _WITHOUT = (
     *("overflow", "speculate", "image_cache", "image_cache_bytes", "logprobs"),
 )
 """Fields of `Options` that have no use here: answers are greedy, and each picture is read once."""
-
-_MAX_BYTES = 64 << 20
-"""Of a text."""
 
 
 @takes_options(*_WITHOUT)
@@ -103,8 +100,7 @@ def imatrix(
             max_chunks=max_chunks,
             datasets=[str(path) for path in (images, questions, *(text or ())) if path is not None],
             on_progress=show,
-            # A flag that was not given names nothing: what was measured for this machine may take its place.
-            **{name: value for name, value in options.items() if value != getattr(Options(), name)},
+            **named(options),
         )
     matrix.save(out, overwrite=force)
     console.note(f"{len(matrix.sums)} matrices, by {max(matrix.counts.values())} tokens")
@@ -121,13 +117,7 @@ def _of_some(questions: Sequence[Question], most: int | None) -> list[Question]:
 
 
 def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{path}: {_MAX_BYTES >> 20} MB of text are the most that is read")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read: {reason}; a text file is wanted") from e
+    text = read_text(path, "a text file")
     if not text:
         raise UsageError(f"{path}: is empty; a text file is wanted")
     return text

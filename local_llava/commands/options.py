@@ -17,6 +17,7 @@ import typer
 
 from local_llava.commands import console
 from local_llava.errors import UsageError
+from local_llava.text_file import read_text
 from local_llava.types import Options
 
 if TYPE_CHECKING:
@@ -145,11 +146,7 @@ def _size(n: int) -> str:
 def _read_schema(path: Path) -> str:
     from local_llava.schema.compiler import compile_schema
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read: {reason}; a file with a JSON schema is wanted") from e
+    text = read_text(path, "a file with a JSON schema")
     try:
         return compile_schema(text)
     except UsageError as e:
@@ -166,7 +163,10 @@ def loaded(model: str | None, mmproj: Path | None, options: dict[str, Any]) -> I
         console.note("No --model was named: the built-in tiny-llava answers. It knows coloured shapes, nothing else.")
     with console.ConvertProgress() as progress:
         files = hub.resolve(model, mmproj, on_convert=progress.start)
-    # A flag that was not given names nothing: what was measured for this machine may take its place.
-    named = {name: value for name, value in options.items() if value != getattr(Options(), name)}
-    with Llava.load(files.model, files.mmproj, **named) as llava:
+    with Llava.load(files.model, files.mmproj, **named(options)) as llava:
         yield llava
+
+
+def named(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were named: what was measured for this machine may take the place of a flag that was not given."""
+    return {name: value for name, value in options.items() if value != getattr(Options(), name)}

@@ -9,6 +9,7 @@ import typer
 
 from local_llava.commands import console
 from local_llava.errors import UsageError
+from local_llava.text_file import read_text
 
 
 def repair(
@@ -30,7 +31,7 @@ def repair(
 
     if (out is not None) + in_place + check != 1:
         raise UsageError("give one of -o OUT.gguf, --in-place and --check")
-    template = None if chat_template is None else _read(chat_template)
+    template = None if chat_template is None else read_text(chat_template, "a file with a Jinja template")
     prepared = prepare_repair(file, out, chat_template=template, overwrite=force)
     for correction in prepared.result.corrections:
         print(f"{file}: {correction}")
@@ -67,11 +68,3 @@ def export_ollama(
         if corrected(GGUFFile.open(file)).corrections:
             console.note(f"Note: {file} has faults, which Ollama does not correct: run local-llava repair first")
     print(ollama.export(files, out or files.model.parent, system, force))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read: {reason}; a file with a Jinja template is wanted") from e
