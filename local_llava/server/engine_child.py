@@ -56,7 +56,9 @@ def main(level: int) -> None:
     """
     incoming, outgoing = _own_pipes()
     _leave_signals_to_the_server()
-    faulthandler.enable()
+    # Of the thread that died alone: CPython reads the frames of the others while they run, which can crash in its turn
+    # (python/cpython#116008), and the server would then name the second signal as the cause.
+    faulthandler.enable(all_threads=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(level)
     with contextlib.suppress(OSError):
