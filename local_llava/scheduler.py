@@ -151,8 +151,9 @@ class Scheduler:
             started = time.perf_counter()
             with self._failing(run):
                 if run.encoding is None:
-                    held = set(run.sequence.units)
-                    needed = [p for p in run.request.pictures if p.shown not in held]
+                    # Not those that are not held: a picture that is held may be shown again further on.
+                    ahead = set(run.units[len(run.sequence.units) :])
+                    needed = [p for p in run.request.pictures if p.shown in ahead]
                     if busy and not self._encoder.knows(needed):
                         continue
                     run.encoding = self._encoder.begin(needed)
@@ -216,7 +217,15 @@ class Scheduler:
                 run.plan_tokens(rows)
             planned.append(run)
         else:
-            self._plan(rows, planned, spent)
+            try:
+                self._plan(rows, planned, spent)
+            except Exception as e:
+                if not planned:
+                    raise
+                # Part of this one's rows may be in the batch, so that is given up.
+                self._stop(planned.pop(), e)
+                self._restart(planned)
+                return
         if not planned:
             return
         context, sequences = self._aside.place_of(planned[0])
@@ -262,16 +271,16 @@ class Scheduler:
             room = self._pace.side_by_side(needs, room, len(group))
         for run, n in zip(reading, shares(needs, room), strict=True):
             if n:
-                run.plan_prompt(rows, n)
                 planned.append(run)
+                run.plan_prompt(rows, n)
                 self._prompts_planned_at, self._was_aside = self._n_planned, run is self._aside.run
         for run in group:
+            planned.append(run)
             if len(self._running) == 1:
                 most = min(self._sequences.n_free + run.sequence.reserved, self._llm.n_batch) - 1
                 run.guess(self._guesser, most)
             run.plan_tokens(rows)
             run.planned_at = self._n_planned
-        planned += group
 
     def _together(self, reading: list[Run]) -> tuple[list[Run], bool]:
         """Which of the prompts may share the next batch, and whether they are read aside."""

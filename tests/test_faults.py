@@ -26,6 +26,7 @@ from local_llava import EngineError, Llava, LocalLlavaError
 from local_llava.answer import Answer
 from local_llava.embeddings import Encoding
 from local_llava.llm.rows import Rows
+from local_llava.run import Run
 from local_llava.schema.constraint import Constraint
 from local_llava.types import ModelFiles
 
@@ -227,6 +228,24 @@ def test_a_tower_that_cannot_begin(
     culprit, others = ask_with_culprit(llava, asked)
     assert culprit.error is error
     assert [a.reply.tokens for a in others] == expected
+
+
+@pytest.mark.parametrize("what", ["plan_prompt", "plan_tokens"])
+def test_what_cannot_be_put_into_a_batch(
+    llava: Llava, asked: list[Asked], expected: list[Any], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Also where a part of it is in the batch already."""
+    error, plan = KeyError("embeddings"), getattr(Run, what)
+
+    def fail(run: Run, *args: Any) -> None:
+        plan(run, *args)
+        if run.request.options.system == "culprit":
+            raise error
+
+    monkeypatch.setattr(Run, what, fail)
+    culprit, others = ask_with_culprit(llava, asked)
+    assert culprit.error is error
+    check_others(llava, asked, expected, others)
 
 
 def test_a_sampler_that_cannot_be_made(

@@ -221,6 +221,22 @@ def test_two_pictures_in_one_question(llava: Llava) -> None:
         assert llava.ask(QUESTION, shown).tokens == reply.tokens
 
 
+def test_a_picture_that_is_shown_again(llava: Llava) -> None:
+    """What is known of its first place does not fill its second."""
+    scene = picture(3)
+    first = llava.ask(QUESTION, scene)
+    turns = [Message("user", QUESTION, (scene,)), Message("assistant", first.text), Message("user", "Now?", (scene,))]
+    again = llava.chat(turns)
+    assert again.timings.images_encoded == 0
+    assert again.timings.reused_tokens == common([*units(llava, QUESTION, scene), *first.tokens], units(llava, turns))
+    between_steps(llava, lambda scheduler: scheduler._encoder._known.clear())
+    longer = [*turns, Message("assistant", again.text), Message("user", "And now?", (scene, scene))]
+    third = llava.chat(longer)
+    assert third.timings.images_encoded == 1, "its embeddings are not in the KV cache"
+    forget_everything(llava)
+    assert [llava.chat(c).tokens for c in (turns, longer)] == [again.tokens, third.tokens]
+
+
 def test_a_picture_that_is_seen_otherwise_is_another_one(llava: Llava) -> None:
     scene = picture(3)
     wide = Image.new("RGB", (scene.width * 3, scene.height), "white")
