@@ -45,11 +45,17 @@ def as_messages(conversation: Conversation, images: Images = (), system: str | N
     return messages
 
 
-def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
-    """A conversation without its oldest turn, the question and its answer; None if only the last question is left."""
+def n_turns(messages: Sequence[Message]) -> int:
+    """Turns of a conversation, each a question and its answer."""
+    return 1 + len(_later_questions(messages))
+
+
+def without_oldest(messages: Sequence[Message], n: int) -> list[Message]:
+    """A conversation without its n oldest turns, of `n_turns`; its system prompt stays."""
+    if n == 0:
+        return list(messages)
     n_system = int(messages[0].role == "system")
-    later = [i for i, message in enumerate(messages) if i > n_system and message.role == "user"]
-    return [*messages[:n_system], *messages[later[0] :]] if later else None
+    return [*messages[:n_system], *messages[_later_questions(messages)[n - 1] :]]
 
 
 def as_list(images: Images) -> list[ImageLike]:
@@ -61,6 +67,11 @@ def as_list(images: Images) -> list[ImageLike]:
     if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)):
         return list(images)
     return [cast("ImageLike", images)]
+
+
+def _later_questions(messages: Sequence[Message]) -> list[int]:
+    n_system = int(messages[0].role == "system")
+    return [i for i, message in enumerate(messages) if i > n_system and message.role == "user"]
 
 
 def _message(turn: Message | Mapping[str, Any], where: str) -> Message:

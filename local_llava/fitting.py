@@ -5,10 +5,11 @@ Knows how long prompts and contexts are. How a conversation becomes a prompt is 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from local_llava.conversation import without_oldest
+from local_llava.conversation import n_turns, without_oldest
 from local_llava.errors import PromptError
 from local_llava.prompt import Prompt
 from local_llava.request import Picture, Unit, as_units, n_tokens
@@ -49,21 +50,23 @@ def fit(
     Raises:
         PromptError: It does not fit.
     """
-    room = min(options.max_tokens, _ANSWER_ROOM, n_ctx // 4)
-    n_all = len(messages)
-    while True:
-        units = as_units(build(messages), pictures)
-        total = n_tokens(units)
-        if total + (room if len(messages) < n_all else 0) < n_ctx:
-            break
-        shorter = without_oldest(messages) if options.overflow == "drop_oldest" else None
-        if shorter is None and total < n_ctx:
-            break
-        if shorter is None:
-            raise PromptError(_too_long(total, n_ctx, messages, pictures, options))
-        pictures = pictures[sum(len(m.images) for m in messages) - sum(len(m.images) for m in shorter) :]
-        messages = shorter
-    return Fitted(units, pictures, n_all - len(messages))
+
+    def without(n: int) -> Fitted:
+        left = without_oldest(messages, n)
+        shown = pictures[len(pictures) - sum(len(message.images) for message in left) :]
+        return Fitted(as_units(build(left), shown), shown, len(messages) - len(left))
+
+    fitted, most = without(0), n_turns(messages) - 1
+    if options.overflow == "drop_oldest" and most and n_tokens(fitted.units) >= n_ctx:
+        room = min(options.max_tokens, _ANSWER_ROOM, n_ctx // 4)
+        # The more is left out, the shorter is the prompt. Of a conversation of a thousand turns, to make one for each
+        # of them would take minutes.
+        n = 1 + bisect_left(range(1, most), True, key=lambda n: n_tokens(without(n).units) + room < n_ctx)
+        fitted = without(n)
+    total = n_tokens(fitted.units)
+    if total >= n_ctx:
+        raise PromptError(_too_long(total, n_ctx, messages[fitted.dropped :], fitted.pictures, options))
+    return fitted
 
 
 def _too_long(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from tiny_world import QUESTION, picture
 
 from local_llava import Llava, Message, PromptError
+from local_llava.prompt import Prompt
+from local_llava.request import as_units, n_tokens
 from local_llava.types import ModelFiles
 
 N_CTX = 256
@@ -90,6 +92,24 @@ def test_a_chat_goes_on_for_ever(llava: Llava) -> None:
             alone = llava.ask(QUESTION, shown, system=SYSTEM.text)
             assert alone.timings.images_encoded == 0
     assert dropped[0] == 0 and dropped[-1] > 0 and dropped == sorted(dropped)
+
+
+def test_a_long_conversation_is_not_built_turn_by_turn(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_built, build = 0, llava._build
+
+    def counting(messages: Sequence[Message], raw: bool = False) -> Prompt:
+        nonlocal n_built
+        n_built += 1
+        return build(messages, raw)
+
+    monkeypatch.setattr(llava, "_build", counting)
+    turns = conversation(250, n_pictures=0)
+    reply = llava.chat(turns, overflow="drop_oldest", max_tokens=1)
+    assert n_built <= 10
+    assert reply.dropped and reply.dropped % 2 == 0
+    # As few as can be, as if each number had been tried.
+    one_more, same = (llava._build([SYSTEM, *turns[1 + n :]]) for n in (reply.dropped - 2, reply.dropped))
+    assert n_tokens(as_units(one_more, ())) + 1 >= N_CTX > n_tokens(as_units(same, ())) + 1
 
 
 def test_without_a_system_prompt(llava: Llava) -> None:
