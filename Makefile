@@ -12,8 +12,9 @@ demo: $(VENV)/installed
 	@echo "question: What do you see?"
 	@printf "answer:   "; $(BIN)/local-llava ask --model demo demo/pictures/0000.png "What do you see?"
 
+# Several files of tests at a time. Threads of OpenMP that wait would otherwise spin on the cores that the others need.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # mypy does not follow the mapping of convert/ into the package in an editable install, so it reads what a wheel installs.
 lint: $(VENV)/installed-dev

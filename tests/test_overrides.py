@@ -308,4 +308,4 @@ def test_no_pattern_takes_long(pattern: str) -> None:
     """Backtracking, as of Python's re and of std::regex, would take more than 10^10 steps."""
     started = time.perf_counter()
     assert not NamePattern(pattern).found_in("a" * 63)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10

@@ -447,7 +447,7 @@ def test_an_interrupt_stops_soon_and_is_resumed(hub: HubServer, tmp_path: Path) 
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert process.returncode == 130 and out == "" and err.endswith("local-llava: interrupted\n"), err
     for fault in hub.repositories[NAME].faults.values():
         fault.delay = 0
