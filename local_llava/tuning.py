@@ -58,6 +58,11 @@ def apply(options: Options, explicit: Mapping[str, Any], files: ModelFiles) -> O
     fitting = {name: value for name, value in stored.items() if name not in explicit}
     if options.kv_type == "F32":
         fitting.pop("flash_attention", None)  # it rounds: who asks for F32 wants none of that
+    flash_attention = fitting.get("flash_attention", options.flash_attention)
+    if fitting.get("kv_type", options.kv_type) == "Q8_0" and flash_attention is False:
+        # llama.cpp cannot have both, and at least one was not named by the user.
+        fitting.pop("kv_type", None)
+        fitting.pop("flash_attention", None)
     if not fitting:
         return options
     log.debug("measured by local-llava tune: %s", ", ".join(f"{name}={value}" for name, value in fitting.items()))

@@ -54,6 +54,16 @@ def test_nothing_that_rounds_comes_beside_float32(files: ModelFiles) -> None:
     assert tuning.apply(Options(kv_type="F32"), named, files) == Options(kv_type="F32", n_threads=3)
 
 
+def test_what_llama_cpp_cannot_have_comes_of_nothing_that_was_kept(files: ModelFiles) -> None:
+    """A KV cache in Q8_0 takes flash attention: what the user named is possible with it."""
+    kept: list[dict[str, Any]] = [{"flash_attention": False}, {"kv_type": "Q8_0"}]
+    for stored, named in (kept, kept[::-1]):
+        tuning.save(files, {"n_threads": 3, **stored}, {})
+        assert tuning.apply(Options().updated(named), named, files) == Options().updated({"n_threads": 3, **named})
+    tuning.save(files, {"n_threads": 3, **kept[0], **kept[1]}, {})
+    assert tuning.apply(Options(), {}, files) == Options(n_threads=3)
+
+
 def test_another_machine_or_pair_finds_nothing(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
