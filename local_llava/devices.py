@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 import psutil
 
-from local_llava import ggml
+from local_llava import control_groups, ggml
 
 DeviceKind: TypeAlias = Literal["cpu", "gpu", "igpu", "accelerator"]
 
@@ -110,7 +110,7 @@ def physical_cores() -> int:
 
     Two threads on one core are slower than one where both only multiply; slow cores, where a processor has two kinds,
     hold up the fast ones, since ggml deals out equal shares. What the process may use bounds it: the affinity mask, and
-    the control group's quota of CPU time, as containers have it.
+    the control groups' quotas of CPU time, as containers and services have them.
     """
     return max(1, min(_cores(), ggml.available_cpus(), *_quota()))
 
@@ -139,12 +139,14 @@ def _performance_cores() -> int:
 
 
 def _quota() -> list[int]:
-    """Cores' worth of CPU time that the control group gives (cgroup v2; v1 where that is mounted)."""
-    for quota, period in (("cpu.max", ""), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        words = f"{_read(f'fs/cgroup/{quota}')} {_read(f'fs/cgroup/{period}') if period else ''}".split()
-        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
-            return [math.ceil(int(words[0]) / int(words[1]))]
-    return []
+    """Cores' worth of CPU time that the control groups give, in either version."""
+    shares = []
+    for group in control_groups.directories("cpu"):
+        for quota, period in (("cpu.max", ""), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            words = f"{_line(group / quota)} {_line(group / period) if period else ''}".split()
+            if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
+                shares.append(math.ceil(int(words[0]) / int(words[1])))
+    return shares
 
 
 def _cpu_list(text: str) -> set[int]:
@@ -159,7 +161,11 @@ def _cpu_list(text: str) -> set[int]:
 
 def _read(path: str) -> str:
     """A line that Linux tells under /sys, or nothing."""
+    return _line(_SYS / path)
+
+
+def _line(path: Path) -> str:
     try:
-        return (_SYS / path).read_text().strip()
+        return path.read_text().strip()
     except (OSError, ValueError):
         return ""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
+from local_llava import control_groups
 from local_llava.gguf_file import GGUFFile, TensorInfo
 from local_llava.llm import N_BATCH
 from local_llava.llm_file import LLMConfig
@@ -153,21 +153,22 @@ def available() -> int:
 
 
 def _cgroup_room() -> list[int]:
-    """What the process's control group leaves, as containers have it (cgroup v2; v1 where that is mounted)."""
-    for limit, used, reclaimable in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        root = Path("/sys/fs/cgroup")
-        try:
-            most = int((root / limit).read_text())
-            now = int((root / used).read_text())
-            lines = (root / limit).with_name("memory.stat").read_text().splitlines()
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == reclaimable)
-        return [most - now + cached]
-    return []
+    """What the process's control groups leave, as containers and services have them, in either version."""
+    rooms = []
+    for group in control_groups.directories("memory"):
+        for limit, used, reclaimable in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                most = int((group / limit).read_text())
+                now = int((group / used).read_text())
+                lines = (group / "memory.stat").read_text().splitlines()
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+            cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == reclaimable)
+            rooms.append(most - now + cached)
+    return rooms
 
 
 def _address_room() -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from local_llava import devices, ggml, graphics
+from local_llava import control_groups, devices, ggml, graphics, memory
 from local_llava.devices import Device
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of its hardware in files")
@@ -20,6 +20,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of its h
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes /sys and /proc of another computer, and the CPUs that the process may run on."""
     monkeypatch.setattr(devices, "_SYS", tmp_path / "sys")
+    monkeypatch.setattr(control_groups, "_ROOT", tmp_path / "sys/fs/cgroup")
+    monkeypatch.setattr(control_groups, "_OWN", tmp_path / "proc/self/cgroup")
     monkeypatch.setattr(graphics, "_SYS", tmp_path / "sys")
     monkeypatch.setattr(graphics, "_PROC", tmp_path / "proc")
 
@@ -70,6 +72,58 @@ def test_what_the_process_may_use_bounds_the_threads(system: Any) -> None:
 def test_a_containers_share_of_time_bounds_the_threads(files: dict[str, str], expected: int, system: Any) -> None:
     system({**siblings({n: str(n) for n in range(8)}), **files}, set(range(8)))
     assert devices.physical_cores() == expected
+
+
+SERVICE = "system.slice/llava.service"
+
+
+@linux
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": f"0::/{SERVICE}\n", f"sys/fs/cgroup/{SERVICE}/cpu.max": "200000 100000"}, 2),
+        # That of a group around its own holds, too.
+        ({f"sys/fs/cgroup/{SERVICE}/cpu.max": "max 100000", "sys/fs/cgroup/system.slice/cpu.max": "100000 50000"}, 2),
+        ({f"sys/fs/cgroup/{SERVICE}/cpu.max": "600000 100000", "sys/fs/cgroup/cpu.max": "300000 100000"}, 3),
+        # Other services' do not.
+        ({"sys/fs/cgroup/other/cpu.max": "100000 100000"}, 8),
+        # Of a container that is told the host's path, and of one whose group lies outside of what it sees.
+        ({"proc/self/cgroup": "0::/docker/1234\n", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        ({"proc/self/cgroup": "0::/../../x\n", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        (
+            {
+                "proc/self/cgroup": f"7:memory:/\n3:cpuset,cpu:/{SERVICE}\n1:name=systemd:/x\n0::/\n",
+                f"sys/fs/cgroup/cpu/{SERVICE}/cpu.cfs_quota_us": "500000",
+                f"sys/fs/cgroup/cpu/{SERVICE}/cpu.cfs_period_us": "100000",
+            },
+            5,
+        ),
+        ({"proc/self/cgroup": "nonsense\n\n0::\n"}, 8),
+    ],
+)
+def test_a_services_share_of_time_bounds_the_threads(files: dict[str, str], expected: int, system: Any) -> None:
+    own = {"proc/self/cgroup": f"0::/{SERVICE}\n"}
+    system({**siblings({n: str(n) for n in range(8)}), **own, **files}, set(range(8)))
+    assert devices.physical_cores() == expected
+
+
+@linux
+def test_a_services_share_of_memory_bounds_what_is_free(system: Any) -> None:
+    own = f"sys/fs/cgroup/{SERVICE}"
+    system(
+        {
+            "proc/self/cgroup": f"0::/{SERVICE}\n",
+            f"{own}/memory.max": "50000000\n",
+            f"{own}/memory.current": "30000000\n",
+            f"{own}/memory.stat": "anon 1\ninactive_file 10000000\n",
+        }
+    )
+    assert memory.available() == 30_000_000
+    around = "sys/fs/cgroup/system.slice"
+    system({f"{around}/memory.max": "60000000", f"{around}/memory.current": "55000000", f"{around}/memory.stat": ""})
+    assert memory.available() == 5_000_000
+    system({f"{around}/memory.max": "max"})
+    assert memory.available() == 30_000_000
 
 
 @linux
