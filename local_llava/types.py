@@ -72,8 +72,8 @@ class Options:
     turns, whole and with their pictures; `Reply.dropped` tells how many. The system prompt and the last turn stay."""
     speculate: bool | None = None
     """Guess tokens from what was read and written before, and keep the guesses that the model would have written
-    itself: a greedy answer stays as it is. Only where one answer is given at a time. None for answers that follow a
-    schema."""
+    itself: a greedy answer stays as it is, up to rounding (docs/engine.md). Only where one answer is given at a time.
+    None for answers that follow a schema."""
 
     n_ctx: int | None = None
     """Longest conversation in tokens: prompt, pictures, answer. None for what model and memory allow, at most 8192."""
