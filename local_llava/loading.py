@@ -98,8 +98,10 @@ def load(
         log.warning("the GPU cannot be used (%s): the CPU computes everything", e)
         placed = place(options.updated({"n_gpu_layers": 0}))
         tower, llm = _load_models(files, placed, options, stack, observer)
+    # Who named a number of layers is told where they did not go to any GPU.
+    level = logging.INFO if options.n_gpu_layers in ("auto", 0) or placed.gpus else logging.WARNING
     for note in placed.notes:
-        log.info("%s", note)
+        log.log(level, "%s", note)
     store = _picture_store(files, placed, options, tower, llm)
     stack.callback(store.close)
     return Loaded(files, options, placed, tower, llm, Encoder(tower, store), store)

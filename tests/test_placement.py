@@ -425,6 +425,17 @@ def check_fits(placed: Placement, free: float, options: Options) -> None:
     assert placed.parallel <= placement.MAX_DEFAULT_PARALLEL or options.parallel == placed.parallel
 
 
+@pytest.mark.parametrize(("asked", "told"), [(-1, True), (3, True), (0, False), ("auto", False)])
+def test_who_asks_for_a_gpu_that_is_not_there_is_told(
+    asked: Any, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices, "gpus", list)
+    files = convert(TINY, tmp_path, quant="F16")
+    with caplog.at_level(logging.WARNING, "local_llava"), Llava.load(files.model, files.mmproj, n_gpu_layers=asked):
+        pass
+    assert any("no layers on a GPU" in record.message for record in caplog.records) == told
+
+
 @pytest.mark.parametrize("failing", ["the tower", "the language model", "nothing"])
 def test_a_gpu_that_fails_is_not_used(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
