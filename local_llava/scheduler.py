@@ -83,7 +83,9 @@ class Scheduler:
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
         self._suspects: list[Run] = []
-        self._only_encoding: deque[tuple[Encoding, Ticket[Any]]] = deque()
+        self._only_encoding: deque[tuple[Iterable[Picture], Ticket[Any]]] = deque()
+        self._encoding: Encoding | None = None  # of the first of them, once it is begun
+        self._answers_turn = False
         self._pace = Pace(llm.n_batch, llm.on_cpu)
         self._n_planned = self._prompts_planned_at = 0
         self._guesser = Guesser()
@@ -94,7 +96,7 @@ class Scheduler:
 
     def encode(self, pictures: Iterable[Picture], ticket: Ticket[Any]) -> None:
         """Take pictures; their embeddings come on the ticket."""
-        self._only_encoding.append((self._encoder.begin(pictures), ticket))
+        self._only_encoding.append((pictures, ticket))
 
     def step(self) -> bool:
         """Go on by one batch. Returns whether there is more to do."""
@@ -107,6 +109,7 @@ class Scheduler:
 
     def fail(self, error: BaseException) -> None:
         """End everything with an error."""
+        self._encoding = None
         while self._only_encoding:
             self._only_encoding.popleft()[1].end(error)
         for run in [*self._running, *self._waiting]:
@@ -167,20 +170,32 @@ class Scheduler:
     def _encode_only(self) -> bool:
         """Go on with pictures of which only the embeddings are wanted. Returns whether there were some."""
         while self._only_encoding and self._only_encoding[0][1].cancelled:
+            self._encoding = None
             self._only_encoding.popleft()[1].drop()
-        if not self._only_encoding:
+        if not self._only_encoding or (self._encoding is None and self._is_answers_turn()):
             return False
-        encoding, ticket = self._only_encoding[0]
+        pictures, ticket = self._only_encoding[0]
         try:
-            encoding.advance(self._pause())
-            if not encoding.done:
+            if self._encoding is None:
+                self._encoding = self._encoder.begin(pictures)
+            self._encoding.advance(self._pause())
+            if not self._encoding.done:
                 return True
-            ticket.deliver(encoding.embeddings)
+            ticket.deliver(self._encoding.embeddings)
             ticket.end()
         except Exception as e:
             ticket.end(e)
+        self._encoding, self._answers_turn = None, True
         self._only_encoding.popleft()
         return True
+
+    def _is_answers_turn(self) -> bool:
+        """Whether pictures of which only the embeddings are wanted are not begun now, but those of an answer are, or
+        have been: what both show is computed once."""
+        turn, self._answers_turn = self._answers_turn, False
+        if any(run.encoding is not None for run in self._running):
+            return True
+        return turn and any(run.embeddings is None and not self._waits(run) for run in self._running)
 
     def _waits(self, run: Run) -> bool:
         """Whether a prompt waits for an earlier one that reads the same beginning; takes over what is there of it."""

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,10 @@ from tiny_world import (
 )
 
 from local_llava import BusyError, EngineError, Llava, UsageError
-from local_llava.embeddings import Encoding
+from local_llava.embeddings import Encoder, Encoding
 from local_llava.llm import LLM
 from local_llava.llm.rows import Rows
+from local_llava.request import Picture
 from local_llava.types import ModelFiles
 
 LONG = "word " * 60
@@ -367,6 +368,67 @@ def test_embeddings_alone_do_not_stall_answers(
     embeddings = llava.embed_images([picture(i) for i in range(70, 80)])
     assert np.shape(embeddings)[0] == 10
     assert pieces and set(pieces) == {llava.options.max_stall}
+
+
+@pytest.fixture
+def encoded(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> list[list[bytes]]:
+    """The pictures that go through the tower together, in order."""
+    found: list[list[bytes]] = []
+    begin = Encoding.__init__
+
+    def watched(self: Encoding, encoder: Encoder, known: Any, new: Sequence[Picture]) -> None:
+        if new:
+            found.append([p.digest for p in new])
+        begin(self, encoder, known, new)
+
+    monkeypatch.setattr(Encoding, "__init__", watched)
+    return found
+
+
+def test_nobody_computes_what_another_one_is_computing(
+    llava: Llava, encoded: list[list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = picture(81), picture(82)
+    with line(llava):
+        first = [threading.Thread(target=llava.embed_images, args=([one, other],)) for _ in range(4)]
+        for thread in first:
+            thread.start()
+        wait_until(lambda: llava._worker._orders.qsize() == 4)
+    for thread in first:
+        thread.join(60)
+    assert len(encoded) == 1 and len(encoded[0]) == 2
+    # Also where it begins while an answer's picture is on its way.
+    advance, begun, go = Encoding.advance, threading.Event(), threading.Event()
+
+    def slow(self: Encoding, seconds: float | None) -> None:
+        if go.is_set():
+            advance(self, seconds)
+        begun.set()
+        time.sleep(0.001)
+
+    monkeypatch.setattr(Encoding, "advance", slow)
+    asking = Asking(lambda: llava.ask(QUESTION, picture(83), max_tokens=2))
+    begun.wait(60)
+    late = threading.Thread(target=llava.embed_images, args=(picture(83),))
+    late.start()
+    wait_until(lambda: bool(llava._scheduler._only_encoding))
+    go.set()
+    late.join(60)
+    assert asking.reply.timings.images_encoded == 1 and len(encoded) == 2
+
+
+def test_answers_and_embeddings_alone_take_turns(llava: Llava, encoded: list[list[bytes]]) -> None:
+    """However many are asked for, an answer's picture waits for one of them only."""
+    with line(llava) as waiting:
+        threads = [threading.Thread(target=llava.embed_images, args=(picture(90 + i),)) for i in range(5)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: llava._worker._orders.qsize() == 5)
+        asking = waiting.ask(QUESTION, picture(95), max_tokens=2)
+    assert asking.reply.timings.images_encoded == 1
+    for thread in threads:
+        thread.join(60)
+    assert encoded.index([llava._pictures([picture(95)], llava.options)[0].digest]) <= 1 and len(encoded) == 6
 
 
 def test_one_slow_batch_does_not_slow_prompts_for_ever(
