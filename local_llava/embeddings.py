@@ -5,8 +5,11 @@ Knows the tower, in whose thread it runs, and what a picture is called. Knows no
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +34,19 @@ class Encoder:
 
     def knows(self, pictures: Iterable[Picture]) -> bool:
         """Whether the embeddings of all these pictures are in memory."""
-        return all(picture.digest in self._known for picture in pictures)
+        return all(picture.given is not None or picture.digest in self._known for picture in pictures)
+
+    def is_own(self, picture: Picture, values: NDArray[np.float32]) -> bool:
+        """Whether these are the tower's own embeddings of a picture, which are in memory."""
+        known = self._known.get(picture.digest)
+        return known is not None and np.array_equal(known, values)
 
     def begin(self, pictures: Iterable[Picture]) -> Encoding:
         """Get the embeddings of pictures: those that are known at once, the others by and by."""
         found: dict[bytes, NDArray[np.float32]] = {}
         new: dict[bytes, Picture] = {}
         for picture in pictures:
-            known = self._known.get(picture.digest)
+            known = self._known.get(picture.digest) if picture.given is None else picture.given
             if known is None and picture.digest not in new:
                 known = self._store.embeddings(picture.digest, picture.arrangement.n_tokens, self._tower.n_embd)
             if known is None:
@@ -56,6 +64,41 @@ class Encoder:
         excess = sum(known.nbytes for known in self._known.values()) - KNOWN_BYTES
         while excess > 0:
             excess -= self._known.popitem(last=False)[1].nbytes
+
+
+class Given:
+    """Embeddings that a caller has for pictures, to be taken in the place of the tower's. For any thread."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[bytes, tuple[bytes, NDArray[np.float32]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, picture: Picture, values: NDArray[np.float32]) -> None:
+        """Keep those of a picture, in the place of the oldest ones.
+
+        Args:
+            picture: As the tower would see it.
+            values: float32 [n_tokens, n_embd], which nobody changes any more.
+        """
+        # Another digest: what was computed with the tower's, be it on disk, is not taken for it, nor this for that.
+        seen = hashlib.blake2b(picture.digest + values.tobytes(), digest_size=len(picture.digest)).digest()
+        with self._lock:
+            self._seen.pop(picture.digest, None)
+            self._seen[picture.digest] = seen, values
+            excess = sum(kept.nbytes for _, kept in self._seen.values()) - KNOWN_BYTES
+            while excess > 0:
+                excess -= self._seen.popitem(last=False)[1][1].nbytes
+
+    def forget(self, picture: Picture) -> None:
+        """Take the tower's again."""
+        with self._lock:
+            self._seen.pop(picture.digest, None)
+
+    def applied(self, picture: Picture) -> Picture:
+        """The picture with what was given for it, if something was."""
+        with self._lock:
+            seen = self._seen.get(picture.digest)
+        return picture if seen is None else replace(picture, digest=seen[0], given=seen[1])
 
 
 class Encoding:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from local_llava import hub, prompt
 from local_llava.chat import ChatFormat, Slot
 from local_llava.conversation import Conversation, Images, as_list, as_messages
-from local_llava.embeddings import Embeddings
+from local_llava.embeddings import Embeddings, Given
 from local_llava.errors import EngineError, PromptError, UsageError
 from local_llava.fitting import fit
 from local_llava.images import ImageLike, load_image, preprocess_tiles, with_mode
@@ -62,6 +62,7 @@ class Llava:
         self.n_ctx, self.parallel = loaded.placement.n_ctx, loaded.placement.parallel
         self._llm, self._tower, self._encoder = loaded.llm, loaded.tower, loaded.encoder
         self._format, self._scheduler = chat_format, scheduler
+        self._given = Given()
         self._vocabulary: Vocabulary | None = None
         # Of what callers' threads do with the language model's vocabulary: it must not be freed meanwhile.
         self._tokenizing = threading.Lock()
@@ -231,7 +232,8 @@ class Llava:
         if not pictures:
             return np.empty((0, self._tower.n_tokens, self._tower.n_embd), np.float32)
         embeddings = [known[picture.digest] for picture in pictures]
-        return np.stack(embeddings) if len({len(e) for e in embeddings}) == 1 else embeddings
+        # Copies: what is kept for questions must not change with them.
+        return np.stack(embeddings) if len({len(e) for e in embeddings}) == 1 else [e.copy() for e in embeddings]
 
     def logits(self, question: str, images: Images = (), *, system: str | None = None) -> NDArray[np.float32]:
         """Logits of the answer's first token: float32 [n_vocab]."""
@@ -272,19 +274,27 @@ class Llava:
         Args:
             images: As of `ask`.
             embeddings: For each of them float32 [n_tokens, n_embd], as `embed_images` gives them, be it of another
-                tower. They stay as long as the tower's own: the latest ones, 128 MiB.
+                tower. The latest ones stay, 128 MiB.
 
         Raises:
             ImageError: A picture cannot be read.
-            UsageError: The embeddings are of another number or shape.
+            UsageError: The embeddings are of another number or shape, or not finite.
         """
-        pictures = self._pictures(as_list(images), self.options)
+        pictures = self._seen_by_tower(as_list(images), self.options)
         wanted = [(picture.arrangement.n_tokens, self._tower.n_embd) for picture in pictures]
-        known = [np.ascontiguousarray(values, np.float32) for values in embeddings]
+        known = [np.array(values, np.float32, order="C") for values in embeddings]  # copies: the caller's may change
         if [values.shape for values in known] != wanted:
             raise UsageError(f"embeddings must be of shapes {wanted}, not {[values.shape for values in known]}")
-        digests = [picture.digest for picture in pictures]
-        self._worker.call(lambda: self._encoder.remember(dict(zip(digests, known, strict=True))))
+        if not all(np.isfinite(values).all() for values in known):
+            raise UsageError("embeddings must be finite numbers")
+        pairs = list(zip(pictures, known, strict=True))
+        # What is kept of pictures stays of use where they are the tower's own.
+        own = self._worker.call(lambda: [self._encoder.is_own(*pair) for pair in pairs])
+        for (picture, values), is_own in zip(pairs, own, strict=True):
+            if is_own:
+                self._given.forget(picture)
+            else:
+                self._given.keep(picture, values)
 
     def prompt_tokens(self, question: str, images: Images | int = (), *, system: str | None = None) -> list[int | None]:
         """The prompt of a question as token ids, None for each token of a picture.
@@ -369,6 +379,9 @@ class Llava:
             yield
 
     def _pictures(self, images: Sequence[ImageLike], options: Options) -> tuple[Picture, ...]:
+        return tuple(self._given.applied(picture) for picture in self._seen_by_tower(images, options))
+
+    def _seen_by_tower(self, images: Sequence[ImageLike], options: Options) -> list[Picture]:
         if len(images) > 1 and not self._warned:
             self._warned = True
             log.warning("%d pictures in one conversation: LLaVA was trained on one, and may mix them up", len(images))
@@ -377,7 +390,7 @@ class Llava:
         for source in images:
             image = load_image(source)
             pictures.append(Picture.of(preprocess_tiles(image, how), self._tower.arrangement(image.size, how)))
-        return tuple(pictures)
+        return pictures
 
     def _chunks(self, request: Request, on_prefill: OnPrefill | None) -> Generator[Chunk, None, None]:
         with closing(self._worker.iterate(self._order(request))) as results:

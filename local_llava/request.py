@@ -46,7 +46,9 @@ class Picture:
     arrangement: Arrangement
     """Of the tiles' embeddings."""
     digest: bytes
-    """Of both."""
+    """Of both, and of `given`."""
+    given: NDArray[np.float32] | None = None
+    """Embeddings in the place of the tower's: float32 [n_tokens, n_embd]."""
 
     @classmethod
     def of(cls, pixels: NDArray[np.float32], arrangement: Arrangement) -> Picture:

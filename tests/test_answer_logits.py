@@ -199,6 +199,45 @@ def test_known_embeddings_save_the_tower(llava: Llava) -> None:
     assert llava.ask(QUESTION, one).text == said[0]
 
 
+def test_what_was_computed_before_is_not_taken_for_known_embeddings(
+    tiny: ModelFiles, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the KV cache nor on disk, and nor the other way round."""
+    monkeypatch.setenv("LOCAL_LLAVA_CACHE", str(tmp_path / "pictures"))
+    one, other = picture(3), picture(8)
+    said = [llava.ask(QUESTION, image).tokens for image in (one, other)]
+    for image_before in ([], [one]):
+        with Llava.load(tiny.model, tiny.mmproj, n_threads=1, kv_type="F32", image_cache="kv") as keeping:
+            for image in image_before:
+                assert keeping.ask(QUESTION, image).tokens == said[0]
+            keeping.use_embeddings(one, list(keeping.embed_images(other)))
+            for _ in range(2):
+                reply = keeping.ask(QUESTION, one)
+                assert reply.tokens == said[1] and reply.timings.images_encoded == 0
+            assert np.array_equal(keeping.embed_images(one), keeping.embed_images(other))
+        with Llava.load(tiny.model, tiny.mmproj, n_threads=1, kv_type="F32", image_cache="kv") as keeping:
+            assert keeping.ask(QUESTION, one).tokens == said[0]
+
+
+def test_the_towers_own_embeddings_change_nothing(llava: Llava) -> None:
+    forget_everything(llava)
+    one, other = picture(3), picture(8)
+    first = llava.ask(QUESTION, one)
+    own = list(llava.embed_images(one))
+    llava.use_embeddings(one, list(llava.embed_images(other)))
+    llava.use_embeddings(one, own)
+    again = llava.ask(QUESTION, one)
+    assert again.tokens == first.tokens and again.timings.prefilled_tokens == 1
+
+
+def test_known_embeddings_are_copied(llava: Llava) -> None:
+    values = np.array(llava.embed_images(picture(3))[0])
+    expected = values.copy()
+    llava.use_embeddings(picture(3), [values])
+    values[:] = 0
+    assert np.array_equal(llava.embed_images(picture(3))[0], expected)
+
+
 def test_embeddings_of_another_shape(llava: Llava) -> None:
     scene = picture(3)
     for wrong in ([], [np.zeros((36, 64), np.float32)], [np.zeros((35, 256), np.float32)], [np.zeros(3, np.float32)]):
@@ -206,4 +245,6 @@ def test_embeddings_of_another_shape(llava: Llava) -> None:
             llava.use_embeddings(scene, wrong)
     with pytest.raises(UsageError, match=r"embeddings must be of shapes \[\], not"):
         llava.use_embeddings((), [np.zeros((36, 256), np.float32)])
+    with pytest.raises(UsageError, match="finite"):
+        llava.use_embeddings(scene, [np.full((36, 256), np.nan, np.float32)])
     assert isinstance(scene, Image.Image)

@@ -283,6 +283,8 @@ def test_pictures_of_different_sizes(pair: Pair, llava: Llava) -> None:
     assert isinstance(embeddings, list)
     n_tokens = [len(e) for e in embeddings]
     assert n_tokens[0] != n_tokens[1]
+    embeddings[0][:] = 0
+    assert np.any(llava.embed_images([wide, tall])[0]), "what is kept is not the caller's"
     assert llava.ask("?", [wide, tall], max_tokens=1).timings.image_tokens == sum(n_tokens)
     same = llava.embed_images([tall, tall])
     assert isinstance(same, np.ndarray) and same.shape == (2, n_tokens[1], pair.model.config.text_config.hidden_size)

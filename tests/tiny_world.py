@@ -198,5 +198,6 @@ def forget_everything(llava: Llava) -> None:
         for sequence in scheduler._sequences.retired:
             scheduler._sequences.discard(sequence)
         scheduler._encoder._known.clear()
+        llava._given._seen.clear()
 
     between_steps(llava, forget)
