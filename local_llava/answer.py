@@ -6,11 +6,6 @@ evaluated beside the answer.
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +13,6 @@ from local_llava.llm import LLM, Context
 from local_llava.schema.constraint import Constraint
 from local_llava.text import AnswerText
 from local_llava.types import Chunk, FinishReason, Options, Reply, Timings, TokenLogprob
-
-log = logging.getLogger("local_llava")
 
 
 class Answer:
@@ -76,7 +69,11 @@ class Answer:
         self._sampler.close()
 
     def last(self, timings: Timings, dropped: int = 0) -> Chunk:
-        """The rest of the text, with the whole answer."""
+        """The rest of the text, with the whole answer.
+
+        What is `parsed` is still its text: making a value of it may run code of the caller's (a validator of pydantic),
+        which is not for the thread that gives everybody's answers.
+        """
         rest = self._text.push(self._detokenizer.finish()) + self._text.finish()
         text = "".join([*self._pieces, rest])
         complete = self._constraint is not None and self._constraint.complete and not self._text.stopped
@@ -86,7 +83,7 @@ class Answer:
             "stop" if complete else self._reason,
             timings,
             None if self._options.logprobs is None else tuple(self._logprobs),
-            _parse(text, self._options.json_schema) if complete else None,
+            text if complete else None,
             dropped,
         )
         return Chunk(rest, reply=reply)
@@ -115,19 +112,3 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max()
     result: NDArray[np.float32] = shifted - np.log(np.exp(shifted, dtype=np.float64).sum()).astype(np.float32)
     return result
-
-
-def _parse(text: str, schema: Any) -> Any:
-    """The value of a complete JSON answer; an instance where the schema was given as a pydantic model or type."""
-    if schema is None or isinstance(schema, (str, bool, Mapping)):
-        return json.loads(text)
-    validate = getattr(schema, "model_validate_json", None) or getattr(schema, "validate_json", None)
-    if validate is None:
-        from pydantic import TypeAdapter
-
-        validate = TypeAdapter(schema).validate_json
-    try:
-        return validate(text)
-    except ValueError as e:  # validators of the caller's own ask for more than a schema can say
-        log.warning("the answer follows the schema, but %r refuses it: %s", schema, str(e).splitlines()[0])
-        return None

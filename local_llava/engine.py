@@ -34,6 +34,7 @@ from local_llava.request import Picture, Request, n_tokens, units_of
 from local_llava.scheduler import Scheduler
 from local_llava.schema.compiler import compile_schema
 from local_llava.schema.constraint import Constraint, Vocabulary
+from local_llava.schema.value import value_of
 from local_llava.types import Chunk, Message, Options, Reply
 from local_llava.worker import CLOSED, Ticket, Worker
 
@@ -210,7 +211,8 @@ class Llava:
         async with aclosing(self._worker.aiterate(self._order(request))) as results:
             async for item in results:
                 if isinstance(item, Chunk):
-                    yield item
+                    # Making the value may run code of the caller's, which must not hold up the event loop.
+                    yield item if _has_no_value(item) else await asyncio.to_thread(_with_value, item, request)
 
     def embed_images(self, images: Images) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """Image embeddings as the language model gets them: float32 [n_images, n_tokens, n_embd].
@@ -222,16 +224,14 @@ class Llava:
             ImageError: A picture cannot be read.
         """
         pictures = self._pictures(as_list(images), self.options)
-        scheduler = self._scheduler
-
-        def order(ticket: Ticket[Embeddings]) -> None:
-            scheduler.encode(pictures, ticket)
-
-        with closing(self._worker.iterate(order, bounded=False)) as results:
-            known = next(results)
+        embeddings: list[NDArray[np.float32]] = []
+        n = self._tower.images_per_graph
+        for first in range(0, max(1, len(pictures)), n):  # new pictures of questions come in between
+            some = pictures[first : first + n]
+            known = self._encoded(some)
+            embeddings += [known[picture.digest] for picture in some]
         if not pictures:
             return np.empty((0, self._tower.n_tokens, self._tower.n_embd), np.float32)
-        embeddings = [known[picture.digest] for picture in pictures]
         # Copies: what is kept for questions must not change with them.
         return np.stack(embeddings) if len({len(e) for e in embeddings}) == 1 else [e.copy() for e in embeddings]
 
@@ -349,6 +349,13 @@ class Llava:
         now = time.perf_counter()
         return Request(fitted.units, fitted.pictures, settings, constraint, prepared_s, now, fitted.dropped)
 
+    def _encoded(self, pictures: Sequence[Picture]) -> Embeddings:
+        def order(ticket: Ticket[Embeddings]) -> None:
+            self._scheduler.encode(pictures, ticket)
+
+        with closing(self._worker.iterate(order, bounded=False)) as results:
+            return next(results)
+
     def _logits(self, request: Request) -> NDArray[np.float32]:
         """Those of a request that has an answer given: float32 [n, n_vocab]."""
         with closing(self._worker.iterate(self._order(request))) as results:
@@ -396,9 +403,19 @@ class Llava:
         with closing(self._worker.iterate(self._order(request))) as results:
             for item in results:
                 if isinstance(item, Chunk):
-                    yield item
+                    yield item if _has_no_value(item) else _with_value(item, request)
                 elif on_prefill:
                     on_prefill(item.done, item.total)
+
+
+def _has_no_value(chunk: Chunk) -> bool:
+    return chunk.reply is None or chunk.reply.parsed is None
+
+
+def _with_value(chunk: Chunk, request: Request) -> Chunk:
+    """The last piece of a complete answer to a schema, with the value in the place of its text."""
+    assert chunk.reply is not None
+    return replace(chunk, reply=replace(chunk.reply, parsed=value_of(chunk.reply.parsed, request.options.json_schema)))
 
 
 def _free(worker: Worker, stack: ExitStack) -> None:

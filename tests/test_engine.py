@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -284,6 +285,35 @@ def test_pydantic_models_come_back_as_instances(llava: Llava, scene: Image.Image
     assert cut.parsed is None, "a stop text cut it off"
     with pytest.raises(UsageError, match="not"):
         llava.ask(QUESTION, scene, json_schema={"not": {}})
+
+
+def test_validators_run_where_the_caller_is(llava: Llava, scene: Image.Image) -> None:
+    """They may take long, ask the model themselves or fail: no other answer waits for it."""
+    threads = []
+
+    class Count(pydantic.BaseModel):
+        n: int = pydantic.Field(ge=0, le=9)
+
+        @pydantic.field_validator("n")
+        @classmethod
+        def check(cls, n: int) -> int:
+            threads.append(threading.current_thread())
+            return n + 10 * len(llava.ask(QUESTION, scene, max_tokens=1).tokens)
+
+    class Broken(Count):
+        @pydantic.field_validator("n")
+        @classmethod
+        def check(cls, n: int) -> int:
+            raise RuntimeError("on purpose")
+
+    assert llava.ask(QUESTION, scene, json_schema=Count).parsed.n >= 10
+    assert threads == [threading.current_thread()]
+    loop_thread = threading.current_thread()
+    assert asyncio.run(llava.aask(QUESTION, scene, json_schema=Count)).parsed.n >= 10
+    assert threads[1] not in (loop_thread, llava._worker._thread)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        llava.ask(QUESTION, scene, json_schema=Broken)
+    assert llava.ask(QUESTION, scene, max_tokens=1).tokens
 
 
 # --- loading ---
